@@ -1,0 +1,52 @@
+"""Encoder settings. Each encoder has one dataclass of its own; `EncoderSettings` names the encoder and carries it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ocrmem.errors import ConfigError
+
+DEEPSEEK_FEATURES = ("sam-mid", "sam", "sum", "concat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOCRSettings:
+    """PP-OCRv6-small text recognition, read line by line."""
+
+    steps_per_token: int = 16
+    """Neighbouring feature steps (8 pixels each) that are joined into one memory token. 16 steps are 128 pixels,
+    about 13 characters or 3.4 text tokens at the default page."""
+
+    def __post_init__(self) -> None:
+        if self.steps_per_token < 1:
+            raise ConfigError(f"steps_per_token={self.steps_per_token}: expected 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSeekOCRSettings:
+    """DeepSeek-OCR's DeepEncoder: SAM-ViT-B, a 16x convolutional compressor, CLIP-L."""
+
+    features: Literal["sam-mid", "sam", "sum", "concat"] = "concat"
+    """Which features are read: `sam-mid` (512 wide, between the two down-sampling convolutions, averaged to the final grid), `sam` (1,024),
+    `sum` (1,024, SAM + CLIP) or `concat` (2,048, CLIP and SAM side by side: what DeepSeek-OCR itself feeds on)."""
+    page_size: Literal[512, 640, 1024, 1280] = 1024
+    """Side of the square page in pixels: 64, 100, 256 or 400 memory tokens."""
+
+    def __post_init__(self) -> None:
+        if self.features not in DEEPSEEK_FEATURES:
+            raise ConfigError(f"features={self.features!r}: expected one of {', '.join(DEEPSEEK_FEATURES)}.")
+        if self.page_size not in (512, 640, 1024, 1280):
+            raise ConfigError(f"page_size={self.page_size}: expected 512, 640, 1024 or 1280.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """Which OCR encoder reads the pages."""
+
+    name: str = "pp-ocr"
+    """A registered encoder: `pp-ocr`, `deepseek-ocr`, or one that an installed package adds by entry point."""
+    checkpoint: str | None = None
+    """A hub id, a folder or an asset name with its weights; None: the encoder's own default."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The encoder's own settings, checked by the encoder (for `pp-ocr`: `PPOCRSettings`)."""

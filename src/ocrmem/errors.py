@@ -1,0 +1,51 @@
+"""Every error that a user of ocrmem can meet.
+
+Each message says what was given, what was expected and what to do. All are `ValueError`s, so that code which does
+not know ocrmem can still catch them; `assert` is kept for our own bugs.
+"""
+
+from __future__ import annotations
+
+
+class OcrmemError(ValueError):
+    """Base of all errors below. The command line prints it as one line, without a traceback."""
+
+
+class ConfigError(OcrmemError):
+    """A setting, a config file or a combination of settings is wrong."""
+
+
+class MemoryNeverAppearsError(ConfigError):
+    """With these settings, or this data set, no sample could ever have a memory, so nothing would be learnt."""
+
+
+class AssetError(OcrmemError):
+    """A weight, font or data set could not be resolved, downloaded or verified."""
+
+
+class DataError(OcrmemError):
+    """A conversation file or a message in it is broken."""
+
+
+class RenderError(OcrmemError):
+    """Text could not be drawn with the given page settings."""
+
+
+class PageSizeError(OcrmemError):
+    """A page does not fit the encoder that should read it."""
+
+
+class CheckpointError(OcrmemError):
+    """A weights file is missing, truncated, or does not match the architecture it is loaded into."""
+
+
+class AdapterMismatchError(OcrmemError):
+    """An adapter was made for another LLM, another encoder or another feature width."""
+
+
+class SpliceError(OcrmemError):
+    """The placeholders in `input_ids` and the memory tokens of a sample do not agree in number."""
+
+
+class FrozenPartError(OcrmemError):
+    """A part that must stay as it was is not: a trainable parameter, active dropout, or drifting statistics."""

@@ -1,0 +1,1 @@
+"""What becomes memory, and its pages and features."""

@@ -1,0 +1,1 @@
+"""MEMModel: splice, projection, freezing, adapter folder."""

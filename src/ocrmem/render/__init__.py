@@ -1,0 +1,1 @@
+"""Text to pages: fonts, layout (text to lines), raster (lines to page)."""
