@@ -48,5 +48,7 @@ class EncoderSettings:
     """A registered encoder: `pp-ocr`, `deepseek-ocr`, or one that an installed package adds by entry point."""
     checkpoint: str | None = None
     """A hub id, a folder or an asset name with its weights; None: the encoder's own default."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of its weights and arithmetic. It is part of what an adapter was made for."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The encoder's own settings, checked by the encoder (for `pp-ocr`: `PPOCRSettings`)."""

@@ -1,0 +1,34 @@
+# `make demo` and `make test` need Python 3.11 or newer and make; everything else they install into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OCRMEM_CACHE ?= $(HOME)/.cache/ocrmem
+
+.PHONY: env demo test lint types check-fast clean
+
+env: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "ocrmem needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plot,tensorboard]'
+	@touch $@
+
+demo: env
+	$(BIN)/python examples/demo.py
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env
+	$(BIN)/pyright
+
+test: env lint types
+	$(BIN)/ocrmem fetch --all
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist demo src/*.egg-info

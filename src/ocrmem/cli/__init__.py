@@ -1,0 +1,60 @@
+"""The `ocrmem` command: one thin file per verb.
+
+Results go to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 an error that the message explains, 2 a
+wrong command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+
+from ocrmem import __version__
+from ocrmem.cli import chat, fetch, params, render, train
+from ocrmem.errors import OcrmemError
+
+app = typer.Typer(
+    name="ocrmem",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="A compressed visual memory for frozen language models: render, encode, project, splice.",
+)
+app.command("params")(params.command)
+app.command("fetch")(fetch.command)
+app.command("render")(render.command)
+app.command("train")(train.command)
+app.command("chat")(chat.command)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say on stderr what is being done."),
+) -> None:
+    """Options of every verb."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+    )
+
+
+def main() -> None:
+    """Entry point: our own errors become one line on stderr."""
+    try:
+        app()
+    except OcrmemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,101 @@
+"""Mappings and YAML files to frozen dataclasses: every value checked, every unknown key refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from ocrmem.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt word: ` Did you mean 'x'?`, or the whole list where nothing is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """Build dataclass `cls` from a mapping, nested dataclasses included.
+
+    Args:
+        where: name of the section, for messages (`memory`).
+
+    Raises:
+        ConfigError: an unknown key (the nearest known one is named), a missing key or a value of a wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of settings, got {values!r}.")
+    _check_keys(cls, values, where)
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(dict(values))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(cause := (first.get("ctx") or {}).get("error"), ConfigError):
+            raise cause from None
+        key = ".".join([where, *(str(part) for part in first["loc"])]).strip(".")
+        raise ConfigError(f"{key}={first['input']!r}: {first['msg'].lower()}.") from None
+
+
+def _check_keys(cls: Any, values: Mapping[str, Any], where: str) -> None:
+    fields = {field.name for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        path = f"{where}.{key}".strip(".")
+        if key not in fields:
+            raise ConfigError(f"unknown setting {path!r}. {nearest(str(key), fields)}")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _check_keys(hints[key], value, path)
+
+
+def load_yaml(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a YAML mapping and apply `a.b=value` overrides, whose values are YAML too.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, or an override has no `=`.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"config file {str(path)!r} does not exist; give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {str(path)!r} holds {type(values).__name__}, expected a mapping of settings.")
+    for override in overrides:
+        _apply_override(values, override)
+    return values
+
+
+def apply_overrides(settings: Any, overrides: Iterable[str]) -> dict[str, Any]:
+    """A settings dataclass as a mapping, with `key=value` overrides applied; check it with `from_mapping`."""
+    values = dataclasses.asdict(settings)
+    for override in overrides:
+        _apply_override(values, override)
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected section.key=value, for example training.max_steps=10.")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section.")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None

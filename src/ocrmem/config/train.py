@@ -1,0 +1,80 @@
+"""The training config: what `ocrmem train CONFIG.yaml` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ocrmem.config.encoder import EncoderSettings
+from ocrmem.config.llm import LLMSettings
+from ocrmem.config.loader import from_mapping, load_yaml
+from ocrmem.config.memory import MemorySettings
+from ocrmem.config.projection import ProjectionSettings
+from ocrmem.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The conversations."""
+
+    train: str = "chitchat/train.jsonl"
+    """JSONL file, one conversation a line; a path whose first part is an asset name is looked up in that asset."""
+    eval: str | None = None
+    """JSONL file for evaluation during training; None: no evaluation."""
+    max_conversations: int | None = None
+    """Read only the first conversations of each file."""
+    samples: Literal["with_memory", "all"] = "with_memory"
+    """`with_memory`: replies whose prompt is long enough to have a memory; the others cannot teach the projection."""
+    max_reply_tokens: int = 512
+    """A longer reply is cut for training."""
+    skip_bad_lines: bool = False
+    """Count and report broken lines instead of stopping at the first."""
+
+    def __post_init__(self) -> None:
+        if self.max_reply_tokens < 1:
+            raise ConfigError(f"data.max_reply_tokens={self.max_reply_tokens}: expected 1 or more.")
+        if self.max_conversations is not None and self.max_conversations < 1:
+            raise ConfigError(f"data.max_conversations={self.max_conversations}: expected 1 or more, or null.")
+
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 10,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+"""What ocrmem changes of `transformers.TrainingArguments`' own defaults; `training` in a config overrides both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    output_dir: str
+    """Folder of the run: checkpoints while it runs, the adapter in `adapter/` when it is done."""
+    llm: LLMSettings = field(default_factory=LLMSettings)
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    page: dict[str, Any] = field(default_factory=dict)
+    """Page settings that differ from the encoder's preset (`RenderSettings`)."""
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    projection: ProjectionSettings = field(default_factory=ProjectionSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    adapter: str | None = None
+    """Adapter folder to start from; None: a fresh projection."""
+    memory_token: str | None = None
+    """Placeholder token; None: a reserved token of the LLM's vocabulary is chosen."""
+    feature_cache: str | None = None
+    """Folder of the feature cache; None: `features/` in the ocrmem cache."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Any `transformers.TrainingArguments` field, by its own name."""
+
+
+def load_train_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Read and check a training config; see `TrainConfig` for the keys."""
+    return from_mapping(TrainConfig, load_yaml(path, overrides), where="")

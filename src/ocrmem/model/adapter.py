@@ -1,0 +1,225 @@
+"""The adapter folder: `adapter.safetensors` (proj alone), `config.json`, `README.md`. No pickle, no frozen weight."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from ocrmem import __version__
+from ocrmem.assets.fetch import resolve
+from ocrmem.config.llm import LLMSettings
+from ocrmem.config.mem import MEMConfig
+from ocrmem.encoders.base import OCREncoder
+from ocrmem.encoders.registry import build_encoder
+from ocrmem.errors import AssetError, CheckpointError
+from ocrmem.files import write_files
+from ocrmem.model.identity import EncoderIdentity, LLMIdentity, from_config
+from ocrmem.model.llm import load_llm
+
+if TYPE_CHECKING:
+    from ocrmem.model.mem_model import MEMModel
+
+WEIGHTS_NAME = "adapter.safetensors"
+CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
+
+ModelT = TypeVar("ModelT", bound="MEMModel")
+
+
+def save(
+    model: MEMModel,
+    folder: Path,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    model_card: str | None = None,
+) -> None:
+    """Write an adapter folder; what stood there before stays whole until everything is written.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written. Nothing there has changed.
+    """
+    if state_dict is None:
+        weights = model.proj.state_dict()
+    else:
+        weights = {key.removeprefix("proj."): value for key, value in state_dict.items() if key.startswith("proj.")}
+    weights = {key: _full(value).detach().cpu().contiguous() for key, value in weights.items()}
+    model.config.ocrmem_version = __version__
+    writers = {
+        CONFIG_NAME: lambda path: path.write_text(model.config.to_json_string(), encoding="utf-8"),
+        WEIGHTS_NAME: lambda path: save_file(weights, path, metadata={"format": "pt"}),
+    }
+    if model_card is not None or not (folder / CARD_NAME).exists():
+        card = model_card or default_card(model.config)
+        writers[CARD_NAME] = lambda path: path.write_text(card, encoding="utf-8")
+    try:
+        write_files(folder, writers)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the adapter could not be saved to {str(folder)!r}: {error}. Nothing there was changed. Free some space "
+            "or choose another folder, and save again."
+        ) from error
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP2 may have sharded."""
+    if isinstance(tensor, torch.distributed.tensor.DTensor):
+        return tensor.full_tensor()
+    return tensor
+
+
+def load(
+    cls: type[ModelT],
+    folder: Path,
+    *,
+    base_llm_model: PreTrainedModel | None = None,
+    ocr_embed: OCREncoder | None = None,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> ModelT:
+    """Load an adapter folder and the frozen parts that it names, in eval mode.
+
+    Args:
+        base_llm_model: the LLM, if it is loaded already; None: loaded from where the adapter's config says.
+        ocr_embed: the encoder, likewise.
+        dtype: type of the LLM's weights; `auto`: as stored.
+        device: where everything goes.
+        attn_implementation: attention kernel of the LLM, by its transformers name.
+
+    Raises:
+        CheckpointError: the folder or a file in it is missing, truncated, or does not fit.
+        AdapterMismatchError: the LLM or the encoder is not the one that the adapter was made for.
+    """
+    folder = _find(folder)
+    config = read_config(folder)
+    wanted_llm: LLMIdentity = from_config(LLMIdentity, config.llm, where="llm")
+    wanted_encoder: EncoderIdentity = from_config(EncoderIdentity, config.encoder_identity, where="encoder_identity")
+    if ocr_embed is None:
+        ocr_embed = build_encoder(config.encoder_settings, page=config.page_settings)
+    wanted_encoder.check(EncoderIdentity.of(ocr_embed), adapter=str(folder))
+    revision = "unknown"
+    if base_llm_model is None:
+        settings = LLMSettings(name=wanted_llm.name, dtype=dtype, attn_implementation=attn_implementation)  # type: ignore[arg-type]
+        base_llm_model, revision = load_llm(settings)
+        name = wanted_llm.name
+    else:
+        name = base_llm_model.name_or_path or type(base_llm_model).__name__
+    wanted_llm.check(LLMIdentity.of(base_llm_model, name=name, revision=revision), adapter=str(folder))
+    model = cls(
+        config, base_llm_model=base_llm_model, ocr_embed=ocr_embed, llm_name=name, llm_revision=revision
+    )
+    load_projection(model, folder)
+    return model.to(device).eval()
+
+
+def load_projection(model: MEMModel, folder: Path) -> None:
+    """Load `adapter.safetensors` into `model.proj`, strictly: same names, shapes and types.
+
+    Raises:
+        CheckpointError: the file is missing or truncated, or a tensor is missing, unexpected, reshaped or recast.
+    """
+    path = folder / WEIGHTS_NAME
+    try:
+        found = load_file(path)
+    except FileNotFoundError:
+        raise _missing(folder, WEIGHTS_NAME) from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is truncated or no safetensors file ({error}). Copy it again from where it was made, or "
+            "go back to an earlier checkpoint of the run."
+        ) from error
+    wanted = model.proj.state_dict()
+    wrong = [f"missing {key}" for key in wanted.keys() - found.keys()]
+    wrong += [f"unexpected {key}" for key in found.keys() - wanted.keys()]
+    wrong += [
+        f"{key} is {_form(found[key])}, expected {_form(wanted[key])}"
+        for key in wanted.keys() & found.keys()
+        if _form(found[key]) != _form(wanted[key])
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{str(path)!r} does not fit this projection: {'; '.join(sorted(wrong))}. The file and `{CONFIG_NAME}` "
+            "beside it must come from the same run; build the model with the adapter's own config."
+        )
+    model.proj.load_state_dict(found)
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def read_config(folder: Path) -> MEMConfig:
+    """The config of an adapter folder.
+
+    Raises:
+        CheckpointError: there is none, it is no JSON, or it belongs to another kind of model.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _missing(folder, CONFIG_NAME) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is not readable JSON ({error}); copy it again from where it was made."
+        ) from error
+    if not isinstance(values, dict) or values.get("model_type") != MEMConfig.model_type:
+        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise CheckpointError(
+            f"{str(path)!r} has model_type {kind!r}, expected {MEMConfig.model_type!r}: this is no ocrmem adapter folder."
+        )
+    return MEMConfig.from_dict(values)
+
+
+def _find(folder: Path) -> Path:
+    if folder.is_dir() or folder.is_absolute() or len(folder.parts) != 2:
+        return folder
+    try:  # `owner/name`: an adapter on the hub
+        return resolve(os.fspath(folder))
+    except AssetError as error:
+        raise CheckpointError(
+            f"adapter {str(folder)!r} is no folder here, and could not be had as a hub id either: {error}"
+        ) from error
+
+
+def _missing(folder: Path, name: str) -> CheckpointError:
+    held = ", ".join(sorted(child.name for child in folder.iterdir())) or "nothing" if folder.is_dir() else None
+    there = f"the folder holds {held}" if held else "there is no such folder"
+    return CheckpointError(
+        f"adapter {str(folder)!r} has no {name}: {there}. Expected {WEIGHTS_NAME} and {CONFIG_NAME}, as "
+        "save_pretrained writes them; check the path."
+    )
+
+
+def default_card(config: MEMConfig) -> str:
+    """A model card that says what the adapter is for, and that nothing was measured."""
+    llm: dict[str, Any] = config.llm or {}
+    encoder: dict[str, Any] = config.encoder_identity or {}
+    return f"""---
+library_name: ocrmem
+base_model: {llm.get("name")}
+---
+# Visual memory for {llm.get("name")}
+
+An [ocrmem] adapter: a projection from the features of the OCR encoder `{encoder.get("name")}`
+({encoder.get("feature_width")} wide, {encoder.get("tokens_per_page")} tokens a page) to the embeddings of the frozen
+LLM `{llm.get("name")}` (revision `{llm.get("revision")}`, width {llm.get("hidden_size")}).
+
+```python
+from ocrmem import MEMModel, MEMProcessor
+
+model = MEMModel.from_pretrained("this folder")
+processor = MEMProcessor.from_model(model)
+```
+
+Measured figures: none were recorded when this adapter was saved.
+
+[ocrmem]: https://pypi.org/project/ocrmem/
+"""

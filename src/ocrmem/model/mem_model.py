@@ -1,0 +1,390 @@
+"""MEMModel: a frozen LLM with a compressed visual memory.
+
+```
+pages_PHW ─▶ ocr_embed (frozen) ─▶ features_PVE ─▶ proj (learns) ─▶ memory_PVD ─┐
+input_ids ─▶ frozen embeddings ─▶ embeds_BSD ─▶ splice at the placeholders ◀────┘
+                                      └─▶ base_llm_model (frozen) ─▶ logits ─▶ loss at labelled positions
+```
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ocrmem.config.mem import MEMConfig
+from ocrmem.encoders.base import OCREncoder
+from ocrmem.errors import ConfigError, SpliceError
+from ocrmem.model import adapter
+from ocrmem.model.freeze import check_trainable, freeze
+from ocrmem.model.identity import EncoderIdentity, LLMIdentity
+from ocrmem.model.projection import Projection
+from ocrmem.model.report import trainable_report
+from ocrmem.model.splice import check_counts, splice
+
+IGNORE_INDEX = -100
+"""Label of a position that has none, as everywhere in transformers."""
+
+
+@dataclass
+class MEMOutput(ModelOutput):
+    """Output of `MEMModel.forward`."""
+
+    loss: torch.Tensor | None = None
+    """Mean cross entropy of the labelled positions, in nats; float32 scalar."""
+    logits: torch.Tensor | None = None
+    """[B, K, vocabulary]: with labels, the K positions that predict a label in any sample (`logit_positions`);
+    without, all S, or those that `logits_to_keep` names."""
+    logit_positions: torch.Tensor | None = None
+    """int64 [K]: the sequence positions of `logits`, where labels were given."""
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class MEMModel(PreTrainedModel):
+    """A frozen causal LM, a frozen OCR encoder, and between them one trainable projection.
+
+    Args:
+        config: settings; the identities of the frozen parts are filled in here.
+        base_llm_model: any Hugging Face causal LM that takes `inputs_embeds`. It is frozen in place.
+        ocr_embed: the encoder. It is frozen in place.
+        llm_name: where the LLM came from, recorded in the adapter; None: its `name_or_path`.
+        llm_revision: hash or commit of it, recorded in the adapter.
+
+    Raises:
+        FrozenPartError: a frozen part has active dropout, or shares parameters with the projection.
+    """
+
+    config_class = MEMConfig
+    base_model_prefix = "base_llm_model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # tells Trainer that forward takes num_items_in_batch
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    config: MEMConfig
+
+    def __init__(
+        self,
+        config: MEMConfig,
+        *,
+        base_llm_model: PreTrainedModel,
+        ocr_embed: OCREncoder,
+        llm_name: str | None = None,
+        llm_revision: str = "unknown",
+    ) -> None:
+        super().__init__(config)
+        freeze(base_llm_model, part="base_llm_model")
+        freeze(ocr_embed, part="ocr_embed")
+        self.base_llm_model = base_llm_model
+        self.ocr_embed = ocr_embed
+        embedding = base_llm_model.get_input_embeddings()
+        self.proj = Projection(
+            config.projection_settings,
+            feature_width=ocr_embed.feature_width,
+            embedding_width=base_llm_model.config.get_text_config().hidden_size,
+            tokens_per_page=ocr_embed.tokens_per_page,
+            embedding_rms=embedding_rms(embedding),
+        ).to(embedding.weight.device)
+        check_trainable(self, proj=self.proj)
+        self._no_split_modules = base_llm_model._no_split_modules
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base_llm_model.forward).parameters
+        self._feature_dtype = getattr(torch, config.memory_settings.feature_dtype)
+        name = llm_name or base_llm_model.name_or_path or type(base_llm_model).__name__
+        self.config.llm = vars(LLMIdentity.of(base_llm_model, name=name, revision=llm_revision))
+        if not embedding.weight.is_meta:
+            self.config.encoder_identity = vars(EncoderIdentity.of(ocr_embed))
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch all three parts together, and return self.
+
+        The frozen parts follow because Hugging Face checkpoints activations in train mode only. Neither mode cuts
+        the gradient: `eval()` is not a cause of a missing `grad_fn`. Train mode changes nothing in the frozen parts:
+        their dropout was refused, and their batch norms keep their statistics.
+        """
+        super().train(mode)
+        self.base_llm_model.train(mode)
+        self.ocr_embed.train(mode)
+        self.proj.train(mode)
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        pages: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        page_num_tokens: torch.Tensor | None = None,
+        num_pages: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_dict: bool | None = None,
+    ) -> MEMOutput | tuple[Any, ...]:
+        """Read the memory, splice it in, run the LLM.
+
+        Args:
+            input_ids: int64 [B, S], with the placeholder id where memory tokens belong.
+            attention_mask: [B, S], 1 for memory and text, 0 for padding on either side.
+            labels: int64 [B, S], unshifted, -100 where there is none.
+            pages: uint8 [P, H, W], all pages of the batch in sample order; or instead
+            features: [P, V, E], the same pages already encoded.
+            page_num_tokens: int64 [P], how many tokens of each page are in use.
+            num_pages: int64 [B], how many pages each sample has.
+            num_items_in_batch: divisor of the loss; None: the labelled positions of this batch.
+
+        How the gradient flows:
+            input_ids -> frozen embeddings: a plain lookup; it has no grad_fn, since nothing before it learns
+            pages -> frozen encoder -> features: no grad_fn either, and none is needed, so they may be cached
+            features -> proj -> memory tokens: the first grad_fn of the chain
+            splice -> embeddings: grad_fn, from the memory tokens alone
+            frozen LLM -> logits -> loss: grad_fn; the gradient passes through the frozen weights, and stops at none
+        Nothing here detaches, reads `.data` or disables grad mode, and the mode of a part (`train()` or `eval()`)
+        does not matter for the chain. Where no sample of a training batch has a memory, the projection is run on
+        zeros and enters the embeddings with weight 0, so that every rank of a distributed run has the same graph.
+
+        Raises:
+            SpliceError: placeholders and memory tokens of a sample differ in number, or arguments are missing.
+        """
+        embeds_BSD = self.embed(
+            input_ids, pages=pages, features=features, page_num_tokens=page_num_tokens, num_pages=num_pages
+        )
+        if position_ids is None and attention_mask is not None and past_key_values is None:
+            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        positions_K = None
+        if labels is not None:
+            positions_K = labelled_positions(labels)
+            logits_to_keep = positions_K
+        options = {"logits_to_keep": logits_to_keep} if self._takes_logits_to_keep else {}
+        outputs = self.base_llm_model(
+            inputs_embeds=embeds_BSD,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=labels is None and not self.training if use_cache is None else use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **options,
+        )
+        logits = outputs.logits
+        if not self._takes_logits_to_keep and positions_K is not None:
+            logits = logits[:, positions_K]
+        result = MEMOutput(
+            loss=None if labels is None else label_loss(logits, labels, positions_K, num_items_in_batch),
+            logits=logits,
+            logit_positions=positions_K,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        pages: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        page_num_tokens: torch.Tensor | None = None,
+        num_pages: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`input_ids` to embeddings [B, S, D] with the memory spliced in; arguments as in `forward`."""
+        placeholders_BS = input_ids == self.config.memory_token_id
+        embeds_BSD = self.base_llm_model.get_input_embeddings()(input_ids)
+        if pages is not None and features is None and pages.shape[0] > 0:
+            # Rounded as the feature cache rounds, so that cached and fresh features give the same loss.
+            features = self.ocr_embed(pages).to(self._feature_dtype)
+        if features is None or features.shape[0] == 0:
+            if bool(placeholders_BS.any()):
+                raise SpliceError(
+                    f"input_ids holds {int(placeholders_BS.sum())} placeholders (id {self.config.memory_token_id}) but "
+                    "neither `pages` nor `features` was given. Pass what MEMProcessor returned, whole; with your own "
+                    "Trainer, set remove_unused_columns=False."
+                )
+            return self._anchor(embeds_BSD)
+        if page_num_tokens is None or num_pages is None:
+            raise SpliceError("`pages` or `features` came without `page_num_tokens` [P] and `num_pages` [B]; give both.")
+        check_counts(placeholders_BS, page_num_tokens, num_pages)
+        memory_PVD = self.proj(features, page_num_tokens)
+        return splice(embeds_BSD, placeholders_BS, memory_PVD, page_num_tokens)
+
+    def _anchor(self, embeds_BSD: torch.Tensor) -> torch.Tensor:
+        """Keep `proj` in the graph of a training batch without memory, at weight 0, in the splice's own place.
+
+        Without it one rank of a distributed run would have no gradient to reduce and the others would wait for it.
+        Anchored at the loss instead, FSDP's gathers would come in another order than on ranks with memory.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return embeds_BSD
+        zeros_PVE = embeds_BSD.new_zeros(1, self.ocr_embed.tokens_per_page, self.proj.feature_width)
+        return embeds_BSD + (0.0 * self.proj(zeros_PVE).sum()).to(embeds_BSD.dtype)
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        pages: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        page_num_tokens: torch.Tensor | None = None,
+        num_pages: torch.Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Generate with the memory in place, by the LLM's own `generate` and its `generate_kwargs`.
+
+        Batches of several lengths must be padded on the left. Returns what the LLM's `generate` returns: by
+        default int64 [B, S + new], the prompt with its placeholders first.
+
+        Raises:
+            SpliceError: the batch is padded on the right.
+        """
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise SpliceError(
+                "generate was given a batch padded on the right; it goes on after the last position, so pad on the "
+                "left (MEMProcessor does)."
+            )
+        with torch.no_grad():
+            embeds_BSD = self.embed(
+                input_ids, pages=pages, features=features, page_num_tokens=page_num_tokens, num_pages=num_pages
+            )
+        return self.base_llm_model.generate(
+            input_ids=input_ids, inputs_embeds=embeds_BSD, attention_mask=attention_mask, **generate_kwargs
+        )
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters learn, in all and in each part, with a warning for a part that should not."""
+        print(trainable_report(self))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The frozen LLM's."""
+        return self.base_llm_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The frozen LLM's."""
+        return self.base_llm_model.get_output_embeddings()
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Checkpoint the LLM's layers, non-reentrantly.
+
+        Transformers' own version also makes the embeddings require grad, which turns a cut projection from an error
+        into silence; the memory tokens carry the gradient here, so that is not done.
+        """
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if kwargs["use_reentrant"]:
+            raise ConfigError(
+                "gradient checkpointing was asked for with use_reentrant=True; ocrmem takes use_reentrant=False only: "
+                "the reentrant kind drops gradients of frozen layers silently. Leave the setting out."
+            )
+        if offload or every_n_layers != 1:
+            raise ConfigError(
+                f"gradient checkpointing was asked for with every_n_layers={every_n_layers}, offload={offload}; ocrmem "
+                "checkpoints every layer and offloads nothing. Leave the settings out."
+            )
+        self.base_llm_model._set_gradient_checkpointing(
+            enable=True, gradient_checkpointing_func=functools.partial(checkpoint, **kwargs)
+        )
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` by its name in newer transformers."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        model_card: str | None = None,
+        **_: Any,
+    ) -> None:
+        """Write the adapter folder, and nothing else: see `model.adapter.save`.
+
+        Args:
+            state_dict: the whole model's state where it was gathered from several processes; None: its own.
+            model_card: text of `README.md`; None: a card without measured figures.
+        """
+        if is_main_process:
+            adapter.save(self, Path(save_directory), state_dict=state_dict, model_card=model_card)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load an adapter folder and its frozen parts: `model.adapter.load`, whose keyword arguments it takes."""
+        return adapter.load(cls, Path(pretrained_model_name_or_path), **kwargs)
+
+
+def embedding_rms(embedding: nn.Module, *, chunk: int = 8192) -> float:
+    """Root mean square of what the embedding layer gives over its vocabulary; 1.0 on the meta device.
+
+    The layer is run, not its weight read, because some (Gemma's) scale their output.
+    """
+    weight = embedding.weight
+    if weight.is_meta:
+        return 1.0
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids in torch.arange(weight.shape[0], device=weight.device).split(chunk):
+            embeds = embedding(ids).float()
+            total += float(embeds.square().sum(dtype=torch.float64))
+            count += embeds.numel()
+    return (total / count) ** 0.5
+
+
+def labelled_positions(labels_BS: torch.Tensor) -> torch.Tensor:
+    """int64 [K]: positions whose next position has a label in any sample.
+
+    With left padding, replies of a batch end at the same position and K is the longest reply; the vocabulary-wide
+    logits of all other positions are never computed.
+    """
+    return (labels_BS[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(-1)
+
+
+def label_loss(
+    logits_BKC: torch.Tensor,
+    labels_BS: torch.Tensor,
+    positions_K: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> torch.Tensor:
+    """Cross entropy of the labels that follow the kept positions, in float32; 0 where nothing is labelled."""
+    assert positions_K is not None
+    targets_BK = labels_BS[:, 1:][:, positions_K].to(logits_BKC.device)
+    total = F.cross_entropy(
+        logits_BKC.flatten(0, 1).float(), targets_BK.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets_BK != IGNORE_INDEX).sum().clamp(min=1)
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch

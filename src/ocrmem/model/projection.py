@@ -1,0 +1,136 @@
+"""The projection: the only part that learns.
+
+```
+features_PVE ─▶ Linear E→hidden ─▶ GELU ─▶ Linear hidden→D ─┬─────────────────────▶ RMS = embedding RMS ─▶ memory_PVD
+                                                            └─▶ attention over V ─┘   (kind "attention")
+```
+
+Its weights are always float32, whatever type the LLM has: in bfloat16 AdamW at a learning rate of 1e-5 would move
+2% of the weights a step and learn almost nothing. Its output has the RMS of the LLM's embeddings, so that memory
+tokens enter the frozen LLM at the scale of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ocrmem.config.projection import ProjectionSettings
+from ocrmem.errors import ConfigError
+
+POSITION_INIT_STD = 0.02
+"""Standard deviation of the learnt positions at the start, as for BERT's."""
+
+
+class Projection(nn.Module):
+    """Features of a page to memory tokens of the LLM's width.
+
+    Args:
+        settings: kind and sizes.
+        feature_width: E.
+        embedding_width: D.
+        tokens_per_page: V, needed by the attention kind's positions.
+        embedding_rms: root mean square of the LLM's input embeddings, to which every output token is scaled.
+    """
+
+    embedding_rms: torch.Tensor
+
+    def __init__(
+        self,
+        settings: ProjectionSettings,
+        *,
+        feature_width: int,
+        embedding_width: int,
+        tokens_per_page: int,
+        embedding_rms: float,
+    ) -> None:
+        super().__init__()
+        self.feature_width = feature_width
+        hidden_size = settings.hidden_size or embedding_width
+        self.linear1 = nn.Linear(feature_width, hidden_size, dtype=torch.float32)
+        self.linear2 = nn.Linear(hidden_size, embedding_width, dtype=torch.float32)
+        self.attention: PageAttention | None = None
+        if settings.kind == "attention":
+            self.attention = PageAttention(
+                embedding_width, tokens_per_page, num_layers=settings.num_layers, num_heads=settings.num_heads
+            )
+        self.register_buffer("embedding_rms", torch.tensor(embedding_rms, dtype=torch.float32))
+
+    def forward(self, features_PVE: torch.Tensor, page_num_tokens_P: torch.Tensor | None = None) -> torch.Tensor:
+        """Project.
+
+        Args:
+            features_PVE: the encoder's features, any floating type.
+            page_num_tokens_P: tokens in use on each page; attention does not look beyond them. None: all V.
+
+        Returns:
+            memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms`.
+        """
+        memory_PVD = self.linear2(F.gelu(self.linear1(features_PVE.to(torch.float32))))
+        if self.attention is not None:
+            memory_PVD = self.attention(memory_PVD, page_num_tokens_P)
+        return F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Let `.to()`, `.half()`, `.cuda()`… move the projection, but never out of float32."""
+
+        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if not moved.is_floating_point() or moved.dtype == torch.float32:
+                return moved
+            return tensor.to(device=moved.device, dtype=torch.float32)
+
+        return super()._apply(keep_float32, recurse)
+
+
+class PageAttention(nn.Module):
+    """Pre-norm transformer layers over the tokens of one page, with learnt positions."""
+
+    def __init__(self, width: int, tokens_per_page: int, *, num_layers: int, num_heads: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ConfigError(
+                f"projection.num_heads={num_heads} does not divide the LLM's embedding width {width}; choose a divisor."
+            )
+        self.position_VD = nn.Parameter(torch.randn(tokens_per_page, width) * POSITION_INIT_STD)
+        self.layers = nn.ModuleList(PageAttentionLayer(width, num_heads) for _ in range(num_layers))
+
+    def forward(self, memory_PVD: torch.Tensor, page_num_tokens_P: torch.Tensor | None) -> torch.Tensor:
+        """memory_PVD in, memory_PVD out; unused tokens are masked as keys."""
+        num_tokens = memory_PVD.shape[1]
+        mask_P11V = None
+        if page_num_tokens_P is not None:
+            positions_V = torch.arange(num_tokens, device=memory_PVD.device)
+            # A page without any token in use would have no key at all and give NaN: let it see its first.
+            mask_P11V = (positions_V < page_num_tokens_P.clamp(min=1)[:, None])[:, None, None, :]
+        memory_PVD = memory_PVD + self.position_VD[:num_tokens]
+        for layer in self.layers:
+            memory_PVD = layer(memory_PVD, mask_P11V)
+        return memory_PVD
+
+
+class PageAttentionLayer(nn.Module):
+    """One pre-norm layer: bidirectional attention, then a GELU MLP four times as wide."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp1 = nn.Linear(width, 4 * width)
+        self.mlp2 = nn.Linear(4 * width, width)
+
+    def forward(self, hidden_PVD: torch.Tensor, mask_P11V: torch.Tensor | None) -> torch.Tensor:
+        """hidden_PVD in, hidden_PVD out."""
+        pages, tokens, width = hidden_PVD.shape
+        qkv = self.qkv(self.norm1(hidden_PVD)).view(pages, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_P11V)
+        hidden_PVD = hidden_PVD + self.out(attended.transpose(1, 2).reshape(pages, tokens, width))
+        return hidden_PVD + self.mlp2(F.gelu(self.mlp1(self.norm2(hidden_PVD))))

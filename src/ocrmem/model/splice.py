@@ -1,0 +1,54 @@
+"""The splice: memory tokens take the places of the placeholder ids.
+
+Placeholders in `input_ids`, as Hugging Face vision-language models have them, mean that masks, labels, positions,
+padding on either side and `generate` need no special case.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ocrmem.errors import SpliceError
+
+
+def check_counts(
+    placeholders_BS: torch.Tensor, page_num_tokens_P: torch.Tensor, num_pages_B: torch.Tensor
+) -> None:
+    """Raise unless every sample has as many placeholders as its pages have memory tokens.
+
+    A check of the total alone would let one sample's surplus fill another's gap and pair memories with the wrong
+    conversations.
+    """
+    if int(num_pages_B.sum()) != page_num_tokens_P.shape[0] or num_pages_B.shape[0] != placeholders_BS.shape[0]:
+        raise SpliceError(
+            f"num_pages={num_pages_B.tolist()} must hold one count for each of the {placeholders_BS.shape[0]} samples "
+            f"and add up to the {page_num_tokens_P.shape[0]} pages given."
+        )
+    sample_of_page_P = torch.repeat_interleave(
+        torch.arange(num_pages_B.shape[0], device=num_pages_B.device), num_pages_B
+    )
+    tokens_B = torch.zeros_like(num_pages_B).index_add_(0, sample_of_page_P, page_num_tokens_P)
+    placeholders_B = placeholders_BS.sum(dim=1)
+    if not torch.equal(tokens_B, placeholders_B):
+        sample = int((tokens_B != placeholders_B).nonzero()[0])
+        raise SpliceError(
+            f"sample {sample} has {int(placeholders_B[sample])} placeholders in input_ids but its pages give "
+            f"{int(tokens_B[sample])} memory tokens; the two must be equal. Build the batch with MEMProcessor, and do "
+            "not truncate input_ids afterwards."
+        )
+
+
+def splice(
+    embeds_BSD: torch.Tensor,
+    placeholders_BS: torch.Tensor,
+    memory_PVD: torch.Tensor,
+    page_num_tokens_P: torch.Tensor,
+) -> torch.Tensor:
+    """Put the used memory tokens of all pages, in order, in the places of the placeholders; out of place.
+
+    Args:
+        placeholders_BS: True where `input_ids` holds the placeholder; counts as `check_counts` demands.
+    """
+    positions_V = torch.arange(memory_PVD.shape[1], device=memory_PVD.device)
+    used_PV = positions_V < page_num_tokens_P[:, None]
+    return embeds_BSD.masked_scatter(placeholders_BS[..., None], memory_PVD[used_PV].to(embeds_BSD.dtype))

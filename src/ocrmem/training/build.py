@@ -1,0 +1,123 @@
+"""From a training config to its parts: model, processor, data sets, arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from ocrmem.assets.cache import cache_dir
+from ocrmem.assets.fetch import asset_names, resolve
+from ocrmem.config.loader import from_mapping, nearest
+from ocrmem.config.mem import MEMConfig
+from ocrmem.config.render import RenderSettings
+from ocrmem.config.train import TRAINING_DEFAULTS, DataSettings, TrainConfig
+from ocrmem.data.conversations import read_conversations
+from ocrmem.data.processor import MEMProcessor
+from ocrmem.data.samples import MEMDataset
+from ocrmem.encoders.base import OCREncoder
+from ocrmem.encoders.registry import build_encoder
+from ocrmem.errors import ConfigError
+from ocrmem.memory.features import FeatureStore
+from ocrmem.memory.placeholder import choose_memory_token
+from ocrmem.model.adapter import load_projection
+from ocrmem.model.llm import load_llm, load_tokenizer
+from ocrmem.model.mem_model import MEMModel
+
+log = logging.getLogger(__name__)
+
+
+def build_model(config: TrainConfig) -> tuple[MEMModel, MEMProcessor]:
+    """Load the frozen parts, make the projection (fresh, or that of `config.adapter`), and the processor.
+
+    Seed torch before the call where a fresh projection must be reproducible.
+    """
+    llm, revision = load_llm(config.llm)
+    tokenizer = load_tokenizer(config.llm.name)
+    encoder = build_encoder(config.encoder, page=page_settings(config))
+    token, token_id = choose_memory_token(tokenizer, memory_token=config.memory_token)
+    mem_config = MEMConfig.from_settings(
+        encoder=config.encoder,
+        page=encoder.page,
+        memory=config.memory,
+        projection=config.projection,
+        memory_token=token,
+        memory_token_id=token_id,
+    )
+    model = MEMModel(
+        mem_config, base_llm_model=llm, ocr_embed=encoder, llm_name=config.llm.name, llm_revision=revision
+    )
+    if config.adapter is not None:
+        load_projection(model, Path(config.adapter))
+    return model, MEMProcessor.from_model(model, tokenizer=tokenizer)
+
+
+def page_settings(config: TrainConfig) -> RenderSettings | None:
+    """The encoder's preset with the config's `page` section on top; None where there is no such section."""
+    if not config.page:
+        return None
+    preset = preset_page(config)
+    return from_mapping(RenderSettings, {**dataclasses.asdict(preset), **config.page}, where="page")
+
+
+def preset_page(config: TrainConfig) -> RenderSettings:
+    """The page settings that the config's encoder reads best."""
+    encoder: OCREncoder = build_encoder(config.encoder, load_weights=False, device="meta")
+    return encoder.page
+
+
+def build_dataset(path: str, data: DataSettings, processor: MEMProcessor) -> MEMDataset:
+    """Read a JSONL file of conversations and make its samples.
+
+    Raises:
+        DataError: the file is missing or a line is broken.
+        MemoryNeverAppearsError: no prompt in it is long enough for a memory.
+    """
+    file = read_conversations(find_data(path), skip_bad_lines=data.skip_bad_lines)
+    if file.bad_lines:
+        shown = "; ".join(f"line {number}: {reason}" for number, reason in file.bad_lines[:3])
+        log.warning("%s: %d broken lines skipped (%s)", path, len(file.bad_lines), shown)
+    return MEMDataset(
+        file.conversations[: data.max_conversations],
+        processor,
+        samples=data.samples,
+        max_reply_tokens=data.max_reply_tokens,
+    )
+
+
+def find_data(path: str) -> Path:
+    """A file path, or `asset/file` where the first part names an asset."""
+    first, _, rest = path.partition("/")
+    if rest and first in asset_names() and not Path(path).exists():
+        return resolve(first) / rest
+    return Path(path)
+
+
+def feature_store(config: TrainConfig) -> FeatureStore:
+    """The feature cache that the config names, or the one in the ocrmem cache."""
+    return FeatureStore(Path(config.feature_cache) if config.feature_cache else cache_dir() / "features")
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The run's `TrainingArguments`.
+
+    Raises:
+        ConfigError: an unknown name (the nearest is given), or a value that transformers refuses.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for key in config.training:
+        if key not in known:
+            raise ConfigError(f"unknown setting 'training.{key}'. {nearest(key, known)}")
+    if "output_dir" in config.training:
+        raise ConfigError("set `output_dir` at the top of the config, not in `training`.")
+    values = {**TRAINING_DEFAULTS, **config.training}
+    if config.data.eval is not None:
+        values.setdefault("eval_strategy", "steps")
+    try:
+        return TrainingArguments(
+            output_dir=config.output_dir, remove_unused_columns=False, prediction_loss_only=True, **values
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"the `training` section was refused by transformers: {error}") from error

@@ -1,0 +1,135 @@
+"""One training run, from config to adapter folder; started again, it goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback, set_seed
+
+from ocrmem import __version__
+from ocrmem.config.train import TrainConfig
+from ocrmem.data.collator import MEMCollator
+from ocrmem.errors import ConfigError
+from ocrmem.files import write_text
+from ocrmem.model.adapter import default_card
+from ocrmem.training.build import build_dataset, build_model, feature_store, training_arguments
+from ocrmem.training.trainer import MEMTrainer, last_checkpoint
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "train_config.yaml"
+ADAPTER_FOLDER = "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run gave."""
+
+    adapter: Path
+    """The adapter folder."""
+    steps: int
+    """Optimizer steps done in all, earlier pieces of the run included."""
+    resumed_from: int
+    """Step at which this piece began; 0 for a fresh run."""
+    num_samples: int
+    """Training samples in the data set."""
+    log_history: list[dict[str, Any]]
+    """Trainer's log: losses, learning rates, evaluations."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**dataclasses.asdict(self), "adapter": str(self.adapter)}
+
+
+def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> TrainResult:
+    """Train, and write the adapter to `output_dir/adapter`.
+
+    A run that was killed goes on from its last checkpoint when it is started again with the same config, and gives
+    bit for bit what it would have given (on the CPU; on a GPU as far as its kernels are deterministic).
+
+    Args:
+        resume: go on even though the config differs from that of the run in `output_dir`.
+        callbacks: further Trainer callbacks.
+
+    Raises:
+        ConfigError: `output_dir` holds a run with other settings.
+        MemoryNeverAppearsError: no sample would have a memory.
+    """
+    run_dir = Path(config.output_dir)
+    arguments = training_arguments(config)
+    check_same_run(config, run_dir, resume=resume)
+    set_seed(arguments.seed)
+    model, processor = build_model(config)
+    train_dataset = build_dataset(config.data.train, config.data, processor)
+    log.info("training on %s", train_dataset.report)
+    eval_dataset = build_dataset(config.data.eval, config.data, processor) if config.data.eval else None
+    trainer = MEMTrainer(
+        model,
+        arguments,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=MEMCollator(processor.pad_token_id, padding_side="left"),
+        feature_store=feature_store(config),
+        callbacks=list(callbacks),
+    )
+    checkpoint = last_checkpoint(run_dir)
+    resumed_from = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    if trainer.args.should_save:
+        write_text(run_dir / CONFIG_FILE, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    adapter = run_dir / ADAPTER_FOLDER
+    history = trainer.state.log_history
+    if trainer.args.should_save:
+        model.save_pretrained(adapter, model_card=training_card(model.config, config, history))
+    return TrainResult(
+        adapter=adapter,
+        steps=trainer.state.global_step,
+        resumed_from=resumed_from,
+        num_samples=len(train_dataset),
+        log_history=history,
+    )
+
+
+def check_same_run(config: TrainConfig, run_dir: Path, *, resume: bool) -> None:
+    """Refuse to go on in a folder that holds a run with other settings, unless told to."""
+    path = run_dir / CONFIG_FILE
+    if resume or not path.exists() or last_checkpoint(run_dir) is None:
+        return
+    old = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    new = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    changes = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if changes:
+        raise ConfigError(
+            f"{str(run_dir)!r} holds checkpoints of a run with other settings ({'; '.join(changes[:5])}). Give another "
+            "output_dir, set the settings back, or pass --resume to go on from its last checkpoint with the new ones."
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        return {k: v for key, value in values.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    if isinstance(values, (list, tuple)):
+        values = list(values)
+    return {prefix.rstrip("."): values}
+
+
+def training_card(mem_config: Any, config: TrainConfig, history: list[dict[str, Any]]) -> str:
+    """The adapter's model card with what was measured while it was trained."""
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    figures = [f"- ocrmem {__version__}, {history[-1]['step'] if history else 0} optimizer steps on `{config.data.train}`"]
+    if losses:
+        figures.append(f"- training loss (nats per reply token): {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end")
+    if evals:
+        figures.append(f"- loss on `{config.data.eval}`: {evals[0]:.4f} at first, {evals[-1]:.4f} at last")
+    measured = "Measured while training:\n\n" + "\n".join(figures)
+    return default_card(mem_config).replace(
+        "Measured figures: none were recorded when this adapter was saved.", measured
+    )

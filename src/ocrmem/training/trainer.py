@@ -1,0 +1,160 @@
+"""MEMTrainer: `transformers.Trainer` for a projection between frozen parts.
+
+What it adds to Trainer: pages become features through the cache before the step; checkpoints hold the adapter alone
+and appear whole or not at all; a run that could not learn is refused before it starts.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from ocrmem.errors import CheckpointError, ConfigError
+from ocrmem.files import fsync
+from ocrmem.memory.features import FeatureStore, encode_pages
+from ocrmem.model.adapter import load_projection
+from ocrmem.model.freeze import check_trainable
+from ocrmem.model.mem_model import MEMModel
+
+INCOMPLETE = "incomplete"
+"""Folder inside the run's in which a checkpoint is written before it is moved to its place."""
+
+
+class MEMTrainer(Trainer):
+    """Trains `model.proj`; everything else about it is `transformers.Trainer`.
+
+    Args:
+        model: the model, its frozen parts frozen.
+        args: the usual training arguments. `remove_unused_columns` is taken as False, since the pages of a sample
+            are no column of `forward` by name alone.
+        data_collator: a `MEMCollator`.
+        feature_store: cache of encoder features; None: every page is encoded each time it is met.
+
+    Raises:
+        ConfigError: several GPUs in one process, which would split a batch's pages wrongly.
+        FrozenPartError: something other than the projection would learn, or the projection would not.
+    """
+
+    model: MEMModel
+
+    def __init__(
+        self,
+        model: MEMModel,
+        args: TrainingArguments,
+        *,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        feature_store: FeatureStore | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"{args.n_gpu} GPUs are visible to one process; torch's DataParallel cannot split a batch of pages. "
+                f"Launch one process for each: `torchrun --nproc-per-node {args.n_gpu} -m ocrmem train CONFIG`, or "
+                "show the process one GPU with CUDA_VISIBLE_DEVICES=0."
+            )
+        check_trainable(model, proj=model.proj)
+        args = copy.copy(args)
+        args.remove_unused_columns = False
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            callbacks=callbacks,
+        )
+        self.feature_store = feature_store
+        self._feature_dtype = getattr(torch, model.config.memory_settings.feature_dtype)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device, its pages replaced by their features."""
+        keys = inputs.pop("page_keys", None)
+        pages_PHW = inputs.pop("pages", None)
+        inputs = super()._prepare_inputs(inputs)
+        if pages_PHW is not None:
+            inputs["features"] = encode_pages(
+                self.model.ocr_embed,
+                pages_PHW,
+                keys,
+                store=self.feature_store,
+                dtype=self._feature_dtype,
+                device=self.args.device,
+            )
+        return inputs
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the adapter folder: no frozen weights, no pickled arguments."""
+        self.model.save_pretrained(
+            output_dir or self.args.output_dir, state_dict=state_dict, is_main_process=self.args.should_save
+        )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, then move it to its place: a kill at any moment leaves whole checkpoints only."""
+        run_dir = Path(self.args.output_dir)
+        aside = run_dir / INCOMPLETE
+        self._on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
+        self.args.output_dir = str(aside)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save's disk error
+                raise
+            raise CheckpointError(
+                f"checkpoint at step {self.state.global_step} could not be written to {str(run_dir)!r}: {error}. "
+                "Earlier checkpoints are untouched; free some space and start the same command again to go on."
+            ) from error
+        finally:
+            self.args.output_dir = str(run_dir)
+        self._on_main(lambda: self._move_checkpoint(aside, run_dir))
+
+    def _move_checkpoint(self, aside: Path, run_dir: Path) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
+            self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
+        for path in (aside / name).rglob("*"):
+            fsync(path)
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+        (aside / name).rename(run_dir / name)
+        fsync(run_dir)
+        shutil.rmtree(aside, ignore_errors=True)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _on_main(self, action: Callable[[], object]) -> None:
+        """Run `action` on the writing process, with every process waiting before and after."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            action()
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load the projection of a checkpoint."""
+        load_projection(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Load the projection of the best checkpoint."""
+        if self.state.best_model_checkpoint is not None:
+            load_projection(self.model, Path(self.state.best_model_checkpoint))
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    if not run_dir.is_dir():
+        return None
+    found = get_last_checkpoint(str(run_dir))
+    return None if found is None else Path(found)
