@@ -25,6 +25,7 @@ def write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -
     try:
         for name, write in writers.items():
             write(temporary[name])
+            temporary[name].chmod(0o666 & ~_umask())  # safetensors writes 0600
             fsync(temporary[name])
         for name, path in temporary.items():
             path.replace(folder / name)
@@ -34,6 +35,12 @@ def write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -
                 path.unlink(missing_ok=True)
         raise
     fsync(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

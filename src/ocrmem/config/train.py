@@ -25,6 +25,8 @@ class DataSettings:
     """JSONL file for evaluation during training; None: no evaluation."""
     max_conversations: int | None = None
     """Read only the first conversations of each file."""
+    max_eval_samples: int | None = None
+    """Evaluate on this many samples, evenly spread over the file; None: on all."""
     samples: Literal["with_memory", "all"] = "with_memory"
     """`with_memory`: replies whose prompt is long enough to have a memory; the others cannot teach the projection."""
     max_reply_tokens: int = 512
@@ -35,8 +37,10 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.max_reply_tokens < 1:
             raise ConfigError(f"data.max_reply_tokens={self.max_reply_tokens}: expected 1 or more.")
-        if self.max_conversations is not None and self.max_conversations < 1:
-            raise ConfigError(f"data.max_conversations={self.max_conversations}: expected 1 or more, or null.")
+        for name in ("max_conversations", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name}={value}: expected 1 or more, or null.")
 
 
 TRAINING_DEFAULTS: dict[str, Any] = {

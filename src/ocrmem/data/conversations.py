@@ -63,7 +63,7 @@ def read_conversations(
                     continue
                 source = f"{path}:{number}"
                 try:
-                    conversations.append(parse_conversation(_parse_line(line, source), source=source))
+                    conversations.append(parse_conversation(_parse_line(line, source, first=number == 1), source=source))
                 except DataError as error:
                     if not skip_bad_lines:
                         raise
@@ -82,8 +82,9 @@ def read_conversations(
     return ConversationFile(conversations, bad_lines)
 
 
-def _parse_line(line: bytes, source: str) -> Any:
-    if source.endswith(":1"):
+def _parse_line(line: bytes, source: str, *, first: bool) -> Any:
+    line = line.rstrip(b"\r\n")
+    if first:
         line = line.removeprefix(b"\xef\xbb\xbf")
     try:
         return json.loads(line.decode("utf-8"))
@@ -118,7 +119,9 @@ def parse_conversation(value: Any, *, source: str, require_reply: bool = True) -
         raise DataError(f'{source}: expected an object {{"messages": […]}}, got {_kind(value)}.')
     if "messages" not in value:
         keys = ", ".join(repr(str(key)) for key in list(value)[:8]) or "no keys"
-        raise DataError(f'{source}: the object has no "messages"; its keys are {keys}. Put the turns into "messages".')
+        raise DataError(
+            f'{source}: the object has no "messages"; its keys are {keys}. Put the turns into "messages".'
+        )
     messages = value["messages"]
     if not isinstance(messages, list):
         raise DataError(f'{source}: "messages" is {_kind(messages)}, expected a list of messages.')
@@ -188,7 +191,11 @@ def _content(value: Any, *, where: str) -> str:
     if not isinstance(value, list):
         raise DataError(f"{where}: content is {_kind(value)}, expected a string or a list of text parts.")
     for i, part in enumerate(value):
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if (
+            not isinstance(part, Mapping)
+            or part.get("type") != "text"
+            or not isinstance(part.get("text"), str)
+        ):
             kind = f"of type {part.get('type')!r}" if isinstance(part, Mapping) else _kind(part)
             raise DataError(f'{where}: content part {i} is {kind}, expected {{"type": "text", "text": "…"}}.')
     return "".join(part["text"] for part in value)

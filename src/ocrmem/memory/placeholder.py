@@ -50,6 +50,7 @@ def choose_memory_token(
     Raises:
         ConfigError: no token fits, or the one given does not; the message says why.
     """
+    added = _added(tokenizer)
     if memory_token is not None:
         reason = _refusal(tokenizer, memory_token, vocab_size)
         if reason is not None:
@@ -57,11 +58,11 @@ def choose_memory_token(
                 f"memory_token={memory_token!r} cannot be the placeholder: {reason}. Give an added token of the "
                 f"tokenizer that neither the chat template nor a reply uses; it has {_some_added(tokenizer)}."
             )
-        return memory_token, int(tokenizer.convert_tokens_to_ids(memory_token))
-    reserved = [token for token in _added(tokenizer) if RESERVED.search(token)]
+        return memory_token, added[memory_token]
+    reserved = [token for token in added if RESERVED.search(token)]
     for token in (*CANDIDATES, *reserved):
-        if token in _added(tokenizer) and _refusal(tokenizer, token, vocab_size) is None:
-            return token, int(tokenizer.convert_tokens_to_ids(token))
+        if token in added and _refusal(tokenizer, token, vocab_size) is None:
+            return token, added[token]
     raise ConfigError(
         f"the tokenizer {tokenizer.name_or_path!r} has no reserved token that could stand for memory. Give one with "
         "memory_token=…: an added token that neither the chat template nor a reply uses; it has "
@@ -102,7 +103,9 @@ def escape_placeholder(text: str, token: str) -> str:
     A zero-width space is put after the first character of every literal occurrence of the placeholder. That is for
     the tokenizer alone: pages draw the text as it was written.
     """
-    while token in text:  # again, since what an escape leaves may still hold the token where it overlaps itself
+    while (
+        token in text
+    ):  # again, since what an escape leaves may still hold the token where it overlaps itself
         text = text.replace(token, token[0] + ZERO_WIDTH_SPACE + token[1:])
     return text
 

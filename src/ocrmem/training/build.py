@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from torch.utils.data import Dataset, Subset
 from transformers import TrainingArguments
 
 from ocrmem.assets.cache import cache_dir
@@ -85,6 +86,17 @@ def build_dataset(path: str, data: DataSettings, processor: MEMProcessor) -> MEM
         samples=data.samples,
         max_reply_tokens=data.max_reply_tokens,
     )
+
+
+def build_eval_dataset(config: TrainConfig, processor: MEMProcessor) -> Dataset | None:
+    """The evaluation samples, `max_eval_samples` of them evenly spread over the file; None where none are wanted."""
+    if config.data.eval is None:
+        return None
+    dataset = build_dataset(config.data.eval, config.data, processor)
+    wanted = config.data.max_eval_samples
+    if wanted is None or wanted >= len(dataset):
+        return dataset
+    return Subset(dataset, [index * len(dataset) // wanted for index in range(wanted)])
 
 
 def find_data(path: str) -> Path:

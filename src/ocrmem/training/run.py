@@ -19,7 +19,13 @@ from ocrmem.data.collator import MEMCollator
 from ocrmem.errors import ConfigError
 from ocrmem.files import write_text
 from ocrmem.model.adapter import default_card
-from ocrmem.training.build import build_dataset, build_model, feature_store, training_arguments
+from ocrmem.training.build import (
+    build_dataset,
+    build_eval_dataset,
+    build_model,
+    feature_store,
+    training_arguments,
+)
 from ocrmem.training.trainer import MEMTrainer, last_checkpoint
 
 log = logging.getLogger(__name__)
@@ -69,7 +75,7 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
     model, processor = build_model(config)
     train_dataset = build_dataset(config.data.train, config.data, processor)
     log.info("training on %s", train_dataset.report)
-    eval_dataset = build_dataset(config.data.eval, config.data, processor) if config.data.eval else None
+    eval_dataset = build_eval_dataset(config, processor)
     trainer = MEMTrainer(
         model,
         arguments,

