@@ -22,7 +22,9 @@ REPLY = message("hello", role="assistant")
 
 
 def write(path, *lines):
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    path.write_bytes(
+        b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+    )
     return path
 
 
@@ -69,13 +71,25 @@ BAD_VALUES = {
     "empty": ({"messages": []}, r"chat.jsonl:7: the conversation is empty.*Give at least one message"),
     "no reply": ({"messages": [message(), message()]}, r"none of the 2 messages is by the assistant"),
     "message": ({"messages": ["hi"]}, r"message 0: expected an object .* got the string 'hi'"),
-    "no role": ({"messages": [{"content": "x"}]}, r"message 0: no role\. Give one of system, user, assistant, tool"),
-    "near role": ({"messages": [message(role="asistant")]}, r"unknown role 'asistant'. Did you mean 'assistant'\?"),
+    "no role": (
+        {"messages": [{"content": "x"}]},
+        r"message 0: no role\. Give one of system, user, assistant, tool",
+    ),
+    "near role": (
+        {"messages": [message(role="asistant")]},
+        r"unknown role 'asistant'. Did you mean 'assistant'\?",
+    ),
     "other name": ({"messages": [message(role="human")]}, r"unknown role 'human'. Did you mean 'user'\?"),
-    "far role": ({"messages": [message(role="zzz")]}, r"unknown role 'zzz'. Known: assistant, system, tool, user"),
+    "far role": (
+        {"messages": [message(role="zzz")]},
+        r"unknown role 'zzz'. Known: assistant, system, tool, user",
+    ),
     "role number": ({"messages": [message(role=3)]}, r"message 0: unknown role 3\. Known"),
     "role list": ({"messages": [message(role=[])]}, r"message 0: unknown role \[\]\. Known"),
-    "null": ({"messages": [REPLY, message(None)]}, r"message 1: content is null, expected a string or a list"),
+    "null": (
+        {"messages": [REPLY, message(None)]},
+        r"message 1: content is null, expected a string or a list",
+    ),
     "number": ({"messages": [message(4.5)]}, r"message 0: content is the number 4\.5"),
     "boolean": ({"messages": [message(True)]}, r"message 0: content is the boolean true"),
     "object": ({"messages": [message({"text": "x"})]}, r"message 0: content is an object"),
@@ -85,7 +99,10 @@ BAD_VALUES = {
         r"message 0: content part 1 is of type 'image_url', expected \{\"type\": \"text\"",
     ),
     "part": ({"messages": [message(["x"])]}, r"content part 0 is the string 'x'"),
-    "key": ({"messages": [message(tool_calls=[])]}, r"unknown key 'tool_calls'. Did you mean 'tool_call_id'\?.*Tool calls"),
+    "key": (
+        {"messages": [message(tool_calls=[])]},
+        r"unknown key 'tool_calls'. Did you mean 'tool_call_id'\?.*Tool calls",
+    ),
 }
 
 
@@ -103,8 +120,11 @@ def test_a_prompt_needs_no_reply():
 
 BAD_LINES = {
     "json": (b'{"messages": [}', r"a.jsonl:3: broken JSON at column 15: Expecting value.*--skip-bad-lines"),
-    "cut": (b'{"messages": [{"role": "us', r"a.jsonl:3: broken JSON at column 26: Unterminated string"),
-    "bytes": (b'{"messages": "\xff"}', r"a.jsonl:3: byte 15 of the line, 0xFF, is not UTF-8. Save the file as UTF-8"),
+    "cut": (b'{"messages": [{"role": "us', r"a.jsonl:3: broken JSON at column 24: Unterminated string"),
+    "bytes": (
+        b'{"messages": "\xff"}',
+        r"a.jsonl:3: byte 15 of the line, 0xFF, is not UTF-8. Save the file as UTF-8",
+    ),
     "digits": (b"1" * 5000, r"a.jsonl:3: the JSON cannot be read: Exceeds the limit"),
     "depth": (b"[" * 200_000, r"a.jsonl:3: the JSON cannot be read: .*recursion"),
 }
@@ -129,14 +149,20 @@ def test_bad_lines_can_be_skipped_and_are_reported(tmp_path):
 
 def test_nothing_but_bad_lines(tmp_path):
     path = write(tmp_path / "a.jsonl", b"{", b"}")
-    with pytest.raises(DataError, match=r"a.jsonl' has 2 broken lines and nothing else.*first is line 1: broken JSON"):
+    with pytest.raises(
+        DataError, match=r"a.jsonl' has 2 broken lines and nothing else.*first is line 1: broken JSON"
+    ):
         read_conversations(path, skip_bad_lines=True)
 
 
 def test_empty_missing_and_unreadable_file(tmp_path):
-    with pytest.raises(DataError, match=r"a.jsonl' has no lines; expected one \{\"messages\": \[…\]\} object a line"):
+    with pytest.raises(
+        DataError, match=r"a.jsonl' has no lines; expected one \{\"messages\": \[…\]\} object a line"
+    ):
         read_conversations(write(tmp_path / "a.jsonl", b"", b"  "))
-    with pytest.raises(DataError, match=r"none.jsonl' cannot be read: No such file or directory. Give the path"):
+    with pytest.raises(
+        DataError, match=r"none.jsonl' cannot be read: No such file or directory. Give the path"
+    ):
         read_conversations(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match=r"cannot be read: Is a directory"):
         read_conversations(tmp_path)
@@ -172,7 +198,9 @@ def test_history(text, expected):
 
 
 def test_bad_history():
-    with pytest.raises(DataError, match=r"stdin: the text begins like a JSON object but is broken\. Give one whole"):
+    with pytest.raises(
+        DataError, match=r"stdin: the text begins like a JSON object but is broken\. Give one whole"
+    ):
         parse_history('{"messages": [', source="stdin")
     with pytest.raises(DataError, match=r'stdin: the object has no "messages"'):
         parse_history('{"a": 1}', source="stdin")

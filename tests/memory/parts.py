@@ -17,23 +17,23 @@ from ocrmem.data.processor import MEMProcessor
 from ocrmem.types import Conversation, Message
 
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') "
+    "}}{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
-    "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = "
+    "message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + "
+    "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 LLAMA = (
-    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
-    "{% endif %}{{ content }}{% endfor %}"
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set "
+    "content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) "
+    "%}{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif "
+    "%}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
@@ -50,7 +50,12 @@ MARKERS = (
     *("[INST]", "[/INST]"),
 )
 """Special tokens of those LLMs, for SmolLM2's tokenizer to know when it uses their templates."""
-TEMPLATES = {"gemma": GEMMA, "llama": LLAMA, "mistral": MISTRAL, "mistral-moving-system": MISTRAL_MOVING_SYSTEM}
+TEMPLATES = {
+    "gemma": GEMMA,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mistral-moving-system": MISTRAL_MOVING_SYSTEM,
+}
 
 
 def smollm2(template: str | None = None) -> Any:
@@ -62,26 +67,28 @@ def smollm2(template: str | None = None) -> Any:
     return tokenizer
 
 
-@functools.lru_cache(maxsize=1)
-def shared_tokenizer() -> Any:
-    """One tokenizer for tests that leave it as it is."""
-    return smollm2()
+@functools.cache
+def shared_tokenizer(template: str | None = None) -> Any:
+    """One tokenizer for all tests that leave it as it is."""
+    return smollm2(template)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def chitchat_path() -> Path:
     """The training conversations."""
     return resolve("chitchat") / "train.jsonl"
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def chitchat(number: int, *, min_turns: int = 6) -> tuple[Conversation, ...]:
     """The first conversations that have at least so many turns."""
     conversations = read_conversations(chitchat_path()).conversations
     return tuple(c for c in conversations if len(c.messages) >= min_turns)[:number]
 
 
-def make_processor(tokenizer: Any = None, *, store: Any = None, scale: float = 1.0, **settings: Any) -> MEMProcessor:
+def make_processor(
+    tokenizer: Any = None, *, store: Any = None, scale: float = 1.0, **settings: Any
+) -> MEMProcessor:
     """A processor with the pooling encoder; keyword arguments are memory settings."""
     return MEMProcessor(
         tokenizer or shared_tokenizer(),

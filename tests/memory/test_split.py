@@ -15,7 +15,9 @@ BASE, SEPARATORS = 10, 8
 
 def counted(roles, lengths):
     """Counts of messages whose lengths, overhead included, are given."""
-    messages = tuple(Message({"s": "system", "u": "user", "a": "assistant", "t": "tool"}[r], "") for r in roles)
+    messages = tuple(
+        Message({"s": "system", "u": "user", "a": "assistant", "t": "tool"}[r], "") for r in roles
+    )
     ends, last_user, last = [0], [-1], -1
     for i, (message, length) in enumerate(zip(messages, lengths, strict=True)):
         ends.append(ends[-1] + length)
@@ -177,7 +179,9 @@ def test_each_message_is_tokenised_once(monkeypatch):
     processor.count(turns("warm", "up"))
     seen = []
     lengths = processor.chat_format.content_lengths
-    monkeypatch.setattr(processor.chat_format, "content_lengths", lambda contents: seen.extend(contents) or lengths(contents))
+    monkeypatch.setattr(
+        processor.chat_format, "content_lengths", lambda contents: seen.extend(contents) or lengths(contents)
+    )
     contents = [f"message {i}" for i in range(50)]
     counts = processor.count(turns(*contents))
     for end in range(1, 50, 2):

@@ -60,7 +60,7 @@ def exclusive(folder: Path, *, progress: Progress) -> Iterator[None]:
         lock.acquire()
     try:
         for leftover in folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # a killed process's pip may still write there
         yield
     finally:
         lock.release()

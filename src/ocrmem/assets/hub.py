@@ -68,4 +68,4 @@ def _offer(name: str, assets: Iterable[str]) -> str:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    return text.splitlines()[0].removeprefix("Got: ").rstrip(".")

@@ -83,7 +83,7 @@ ASSETS: tuple[Asset, ...] = (
         license_text="LICENSE and MODEL_LICENSES.md in the wheel",
         attribution=(
             "Upstream model weights copyright Baidu and/or the applicable PaddleOCR rights holders; "
-            "converted from the official PaddleOCR model to ONNX and packaged by the RapidOCR authors (rapidocr)"
+            "converted from the official PaddleOCR model to ONNX and packaged by the RapidOCR authors"
         ),
     ),
     Asset(

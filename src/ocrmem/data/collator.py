@@ -18,9 +18,9 @@ IGNORE_INDEX = -100
 class MEMCollator:
     """Pads samples of a `MEMDataset` into a batch for `MEMModel`.
 
-    The batch has int64 `input_ids`, `attention_mask` and `labels` [B, S]; and where any sample has a memory, uint8
-    `pages` [P, H, W] in sample order, `page_keys` (P strings), and int64 `page_num_tokens` [P] and `num_pages` [B].
-    `MEMTrainer` turns pages and keys into features.
+    The batch has int64 `input_ids`, `attention_mask` and `labels` [B, S]; and where any sample has a memory,
+    uint8 `pages` [P, H, W] in sample order, `page_keys` (P strings), and int64 `page_num_tokens` [P] and
+    `num_pages` [B]. `MEMTrainer` turns pages and keys into features.
 
     Raises:
         ConfigError: an unknown padding side, or a multiple below 1.

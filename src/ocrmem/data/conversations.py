@@ -43,8 +43,8 @@ def read_conversations(
     """Read a JSONL file of conversations. Blank lines are passed over.
 
     Args:
-        path: UTF-8, one object a line: `{"messages": [{"role": …, "content": …}, …]}`. Other keys of the object are
-            ignored.
+        path: UTF-8, one object a line: `{"messages": [{"role": …, "content": …}, …]}`. Other keys of the
+            object are ignored.
         skip_bad_lines: count broken lines and go on, instead of stopping at the first.
         max_conversations: stop after this many; None: read all.
 
@@ -70,14 +70,16 @@ def read_conversations(
                     bad_lines.append((number, str(error).removeprefix(f"{source}: ")))
     except OSError as error:
         raise DataError(
-            f"conversation file {str(path)!r} cannot be read: {error.strerror or error}. Give the path of a JSONL "
+            f"conversation file {str(path)!r} cannot be read: {error.strerror or error}. Give the path of a "
+            "JSONL "
             'file with one {"messages": […]} object a line.'
         ) from None
     if not conversations:
         found = f"{len(bad_lines)} broken lines and nothing else" if bad_lines else "no lines"
         first = f" The first is line {bad_lines[0][0]}: {bad_lines[0][1]}" if bad_lines else ""
         raise DataError(
-            f'conversation file {str(path)!r} has {found}; expected one {{"messages": […]}} object a line.{first}'
+            f'conversation file {str(path)!r} has {found}; expected one {{"messages": […]}} object a '
+            f'line.{first}'
         )
     return ConversationFile(conversations, bad_lines)
 
@@ -90,13 +92,13 @@ def _parse_line(line: bytes, source: str, *, first: bool) -> Any:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{source}: byte {error.start + 1} of the line, 0x{line[error.start]:02X}, is not UTF-8. Save the file "
-            "as UTF-8."
+            f"{source}: byte {error.start + 1} of the line, 0x{line[error.start]:02X}, is not UTF-8. Save "
+            "the file as UTF-8."
         ) from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{source}: broken JSON at column {error.colno}: {error.msg}. Expected one whole JSON object on the line; "
-            "mend it, or skip such lines with --skip-bad-lines (skip_bad_lines=True)."
+            f"{source}: broken JSON at column {error.colno}: {error.msg}. Expected one whole JSON object on "
+            "the line; mend it, or skip such lines with --skip-bad-lines (skip_bad_lines=True)."
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deep
         raise DataError(f"{source}: the JSON cannot be read: {error}. Mend or remove the line.") from None
@@ -113,7 +115,8 @@ def parse_conversation(value: Any, *, source: str, require_reply: bool = True) -
         require_reply: whether a conversation without an assistant message is refused, as training must.
 
     Raises:
-        DataError: the value is no conversation; the message says which part, what it is and what was expected.
+        DataError: the value is no conversation; the message says which part, what it is and what was
+            expected.
     """
     if not isinstance(value, Mapping):
         raise DataError(f'{source}: expected an object {{"messages": […]}}, got {_kind(value)}.')
@@ -130,8 +133,8 @@ def parse_conversation(value: Any, *, source: str, require_reply: bool = True) -
     parsed = tuple(_message(message, where=f"{source}: message {i}") for i, message in enumerate(messages))
     if require_reply and all(message.role != "assistant" for message in parsed):
         raise DataError(
-            f"{source}: none of the {len(parsed)} messages is by the assistant, so there is no reply to learn from. "
-            "Give at least one message with role 'assistant', or remove the line."
+            f"{source}: none of the {len(parsed)} messages is by the assistant, so there is no reply to "
+            "learn from. Give at least one message with role 'assistant', or remove the line."
         )
     return Conversation(parsed, source)
 
@@ -139,8 +142,8 @@ def parse_conversation(value: Any, *, source: str, require_reply: bool = True) -
 def parse_history(text: str, *, source: str) -> list[Message]:
     """Messages of a history in one of two forms.
 
-    A text that begins with a JSON object (alone, or on its first line) is that conversation; any other text is one
-    user message. Empty text gives no messages.
+    A text that begins with a JSON object (alone, or on its first line) is that conversation; any other text
+    is one user message. Empty text gives no messages.
 
     Raises:
         DataError: the text begins like a JSON object, but is broken or no conversation.
@@ -177,8 +180,8 @@ def _message(value: Any, *, where: str) -> Message:
     for key in value:
         if key not in MESSAGE_KEYS:
             raise DataError(
-                f"{where}: unknown key {key!r}. {nearest(str(key), MESSAGE_KEYS)} Tool calls and media cannot become "
-                "memory; write them out in the content, or remove the key."
+                f"{where}: unknown key {key!r}. {nearest(str(key), MESSAGE_KEYS)} Tool calls and media "
+                "cannot become memory; write them out in the content, or remove the key."
             )
     if "content" not in value:
         raise DataError(f"{where}: no content. Give a string or a list of text parts.")

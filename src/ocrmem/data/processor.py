@@ -57,9 +57,9 @@ class MEMProcessor:
                      └─▶ recent turns ─▶ chat template ─▶ input_ids
     ```
 
-    `memory.chat_format.ChatFormat` says where the memory goes, and what happens to system and tool messages that a
-    template refuses. Content that holds the placeholder's text, or lone surrogates, is changed for the tokenizer
-    alone; pages draw it as it is.
+    `memory.chat_format.ChatFormat` says where the memory goes, and what happens to system and tool messages
+    that a template refuses. Content that holds the placeholder's text, or lone surrogates, is changed for the
+    tokenizer alone; pages draw it as it is.
 
     Args:
         tokenizer: the LLM's, with a chat template.
@@ -69,7 +69,8 @@ class MEMProcessor:
         store: cache of features, for calls with `encode=True`; None: every page is encoded each time.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, no token to pad with, or no token for the placeholder.
+        ConfigError: the tokenizer has no chat template, no token to pad with, or no token for the
+            placeholder.
     """
 
     def __init__(
@@ -155,10 +156,10 @@ class MEMProcessor:
         found = input_ids.count(self.memory_token_id)
         if found != split.placeholder_tokens:
             raise SpliceError(
-                f"the prompt holds {found} placeholders {self.memory_token!r} (id {self.memory_token_id}) but the pages "
-                f"give {split.placeholder_tokens} memory tokens; the two must be equal. The chat template of "
-                f"{self.tokenizer.name_or_path!r} loses, repeats or itself writes the placeholder: choose another "
-                "memory_token, or set another chat template."
+                f"the prompt holds {found} placeholders {self.memory_token!r} (id {self.memory_token_id}) "
+                f"but the pages give {split.placeholder_tokens} memory tokens; the two must be equal. The "
+                f"chat template of {self.tokenizer.name_or_path!r} loses, repeats or itself writes the "
+                "placeholder: choose another memory_token, or set another chat template."
             )
         return PreparedPrompt(
             text=prompt_text,
@@ -199,14 +200,15 @@ class MEMProcessor:
         """A batch for `MEMModel.generate`, padded on the left, each prompt ready for a reply.
 
         Args:
-            conversations: one conversation or several, each a `Conversation`, a list of `Message`s or a list of
-                `{"role": …, "content": …}`.
+            conversations: one conversation or several, each a `Conversation`, a list of `Message`s or a list
+                of `{"role": …, "content": …}`.
             encode: give features (from the store, if there is one) instead of pages.
-            device: where the tensors go; the encoder must be there too if it is to encode. None: the encoder's.
+            device: where the tensors go; the encoder must be there too if it is to encode. None: the
+                encoder's.
 
         Returns:
-            int64 `input_ids` and `attention_mask` [B, S]; and where any prompt has a memory, `features` [P, V, E] or
-            uint8 `pages` [P, H, W], and int64 `page_num_tokens` [P] and `num_pages` [B].
+            int64 `input_ids` and `attention_mask` [B, S]; and where any prompt has a memory, `features` [P,
+            V, E] or uint8 `pages` [P, H, W], and int64 `page_num_tokens` [P] and `num_pages` [B].
         """
         if device is None:
             device = next((parameter.device for parameter in self.encoder.parameters()), torch.device("cpu"))

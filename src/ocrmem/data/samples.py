@@ -31,11 +31,11 @@ class SampleReport:
     num_samples: int
     """Samples of the data set."""
     num_without_memory: int
-    """Replies whose prompt stays text: too short, or its memory would not be smaller than its text. Left out unless
-    `samples="all"`."""
+    """Replies whose prompt stays text: too short, or its memory would not be smaller than its text. Left out
+    unless `samples="all"`."""
     num_unusable: int
-    """Replies with no user message before them, or right after another reply under a template that makes one turn of
-    both. Left out."""
+    """Replies with no user message before them, or right after another reply under a template that makes one
+    turn of both. Left out."""
     num_cut_replies: int
     """Samples whose reply is longer than `max_reply_tokens`; they learn its beginning."""
     longest_prompt: int
@@ -44,9 +44,9 @@ class SampleReport:
     def __str__(self) -> str:
         cut = f", {self.num_cut_replies} with a reply cut short" if self.num_cut_replies else ""
         return (
-            f"{self.num_samples} samples from {self.num_replies} replies in {self.num_conversations} conversations"
-            f"{cut}; {self.num_without_memory} replies have no memory, {self.num_unusable} cannot be used; "
-            f"the longest prompt has {self.longest_prompt} tokens"
+            f"{self.num_samples} samples from {self.num_replies} replies in {self.num_conversations} "
+            f"conversations{cut}; {self.num_without_memory} replies have no memory, {self.num_unusable} "
+            f"cannot be used; the longest prompt has {self.longest_prompt} tokens"
         )
 
 
@@ -78,20 +78,20 @@ class _Reply:
 class MEMDataset(Dataset[dict[str, Any]]):
     """One sample for each assistant reply; only that reply is labelled.
 
-    The label covers the reply and the end-of-turn token that the chat template writes after it. Prompt, memory and
-    whatever follows have none. Tokens are counted when the data set is made, each message once; pages are drawn when
-    a sample is asked for, so that data loader workers share that work. The order and content of the samples depend
-    on the arguments alone.
+    The label covers the reply and the end-of-turn token that the chat template writes after it. Prompt,
+    memory and whatever follows have none. Tokens are counted when the data set is made, each message once;
+    pages are drawn when a sample is asked for, so that data loader workers share that work. The order and
+    content of the samples depend on the arguments alone.
 
-    Whether a reply has a memory is decided from token counts and the smallest memory that the encoder gives. A sample
-    whose pages, once drawn, turn out not to be smaller than their text stays text, even with `with_memory`; it is
-    harmless and rare (`measure` counts it).
+    Whether a reply has a memory is decided from token counts and the smallest memory that the encoder gives.
+    A sample whose pages, once drawn, turn out not to be smaller than their text stays text, even with
+    `with_memory`; it is harmless and rare (`measure` counts it).
 
     Args:
         conversations: as `read_conversations` gives them.
         processor: makes the prompts.
-        samples: `with_memory`: leave out replies whose prompt has no memory, since the projection cannot learn from
-            them; `all`: keep them.
+        samples: `with_memory`: leave out replies whose prompt has no memory, since the projection cannot
+            learn from them; `all`: keep them.
         max_reply_tokens: a longer reply is cut, its end-of-turn token with it.
 
     Raises:
@@ -140,8 +140,8 @@ class MEMDataset(Dataset[dict[str, Any]]):
         return len(self._replies)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample: int64 `input_ids` and `labels` [S], uint8 `pages` [P, H, W], `page_keys` (P strings), int64
-        `page_num_tokens` [P]; P is 0 without memory."""
+        """One sample: int64 `input_ids` and `labels` [S], uint8 `pages` [P, H, W], `page_keys` (P strings),
+        int64 `page_num_tokens` [P]; P is 0 without memory."""
         return self._sample(self._replies[index])
 
     def measure(self, *, max_samples: int = 64) -> CompressionReport:
@@ -198,9 +198,10 @@ class MEMDataset(Dataset[dict[str, Any]]):
         whole = self.processor.prompt_text(prompt.split, reply=reply.counts.messages[reply.index])
         if not whole.startswith(prompt.text):
             raise DataError(
-                f"{reply.source}: message {reply.index}: the chat template of {self.processor.tokenizer.name_or_path!r} "
-                "writes the prompt otherwise once the reply follows, so what the LLM would have to generate cannot be "
-                "told from the prompt. Set tokenizer.chat_template to one that only appends."
+                f"{reply.source}: message {reply.index}: the chat template of "
+                f"{self.processor.tokenizer.name_or_path!r} writes the prompt otherwise once the reply "
+                "follows, so what the LLM would have to generate cannot be told from the prompt. Set "
+                "tokenizer.chat_template to one that only appends."
             )
         whole_ids, num_prompt = chat_format.ids(whole), len(prompt.input_ids)
         if whole_ids[:num_prompt] == prompt.input_ids:
@@ -214,14 +215,14 @@ class MEMDataset(Dataset[dict[str, Any]]):
         settings, report = self.processor.memory, self.report
         if not usable:
             raise DataError(
-                f"none of the {report.num_replies} replies in {report.num_conversations} conversations can be learnt "
-                "from: a reply needs a user message before it. Check the order of the messages."
+                f"none of the {report.num_replies} replies in {report.num_conversations} conversations can "
+                "be learnt from: a reply needs a user message before it. Check the order of the messages."
             )
         if report.longest_prompt <= settings.context_threshold:
             raise MemoryNeverAppearsError(
-                f"no sample has a memory: the longest of {len(usable)} prompts has {report.longest_prompt} tokens, not "
-                f"above context_threshold={settings.context_threshold}. Lower context_threshold, or give longer "
-                "conversations."
+                f"no sample has a memory: the longest of {len(usable)} prompts has {report.longest_prompt} "
+                f"tokens, not above context_threshold={settings.context_threshold}. Lower context_threshold, "
+                "or give longer conversations."
             )
         ranked = sorted(with_memory, key=lambda reply: -self._split(reply).history_tokens)[:NUM_TRIED]
         if any("memory" for reply in ranked if len(self._sample(reply)["page_keys"])):
@@ -229,14 +230,15 @@ class MEMDataset(Dataset[dict[str, Any]]):
         history = max(self._split(reply).history_tokens for reply in usable)
         if history == 0:
             raise MemoryNeverAppearsError(
-                f"no sample has a memory: the longest of {len(usable)} prompts has {report.longest_prompt} tokens, but "
-                f"all that is left besides recent_tokens={settings.recent_tokens}, the last user turn, and what "
-                f"max_length={settings.max_length} leaves out is no whole turn. Lower recent_tokens, raise max_length, "
-                "or give longer conversations."
+                f"no sample has a memory: the longest of {len(usable)} prompts has {report.longest_prompt} "
+                f"tokens, but all that is left besides recent_tokens={settings.recent_tokens}, the last user "
+                f"turn, and what max_length={settings.max_length} leaves out is no whole turn. Lower "
+                "recent_tokens, raise max_length, or give longer conversations."
             )
         raise MemoryNeverAppearsError(
-            f"no sample has a memory: the longest history of {len(usable)} prompts has {history} text tokens, and its "
-            f"pages would take as many tokens or more (a page of encoder {self.processor.encoder.name!r} takes "
-            f"{self._smallest_memory} to {self.processor.encoder.tokens_per_page}). Give longer conversations, lower "
-            "recent_tokens, raise max_length, or set pages that hold more text for each token."
+            f"no sample has a memory: the longest history of {len(usable)} prompts has {history} text "
+            "tokens, and its pages would take as many tokens or more (a page of encoder "
+            f"{self.processor.encoder.name!r} takes {self._smallest_memory} to "
+            f"{self.processor.encoder.tokens_per_page}). Give longer conversations, lower recent_tokens, "
+            "raise max_length, or set pages that hold more text for each token."
         )

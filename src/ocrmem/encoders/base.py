@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -31,6 +32,30 @@ class OCREncoder(nn.Module, ABC):
 
     page: RenderSettings
     """Page settings in force: the encoder's preset, or what the user gave, checked by the encoder."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, settings: Any, *, page: RenderSettings | None = None) -> Self:
+        """Build the encoder with random weights on torch's current device.
+
+        Args:
+            settings: a `settings_type`.
+            page: page settings; None: the preset that this encoder reads best.
+
+        Raises:
+            PageSizeError: the encoder cannot read such pages.
+        """
+
+    @abstractmethod
+    def load_checkpoint(self, checkpoint: str | None) -> None:
+        """Load weights, strictly, keeping this encoder's dtype and device.
+
+        Args:
+            checkpoint: a hub id, a path or an asset name; None: the encoder's own default.
+
+        Raises:
+            CheckpointError: the weights are missing, truncated or not this architecture's.
+        """
 
     @property
     @abstractmethod
@@ -70,6 +95,14 @@ class OCREncoder(nn.Module, ABC):
 
         The feature cache is keyed by it, and an adapter records it.
         """
+
+    def weights_digest(self) -> str:
+        """Hex SHA-256 of every parameter and buffer with its name, shape and dtype; a part of `identity`."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return total.hexdigest()
 
     def check_pages(self, pages_PHW: torch.Tensor) -> None:
         """Refuse pages of another size or type than this encoder takes."""

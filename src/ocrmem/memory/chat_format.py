@@ -29,14 +29,15 @@ PROBE = "PROBE-{}-TEXT"
 class ChatFormat:
     """A chat template, asked once what it accepts.
 
-    - A leading system message stays in front, and the memory goes to its end. Where the conversation has none, the
-      memory goes into a system turn that begins with the template's own default system text, so that the memory
-      changes nothing else about the prompt.
-    - A template that refuses or drops system messages gets their text, and the memory, at the start of the first
-      user turn.
+    - A leading system message stays in front, and the memory goes to its end. Where the conversation has
+      none, the memory goes into a system turn that begins with the template's own default system text, so
+      that the memory changes nothing else about the prompt.
+    - A template that refuses or drops system messages gets their text, and the memory, at the start of the
+      first user turn.
     - A template that refuses or drops tool messages gets them as user turns that begin with `tool: `.
-    - A template that wants user and assistant in turn gets neighbouring turns of one role as one turn, later system
-      messages as user turns that begin with `system: `, and an empty user turn where the assistant speaks first.
+    - A template that wants user and assistant in turn gets neighbouring turns of one role as one turn, later
+      system messages as user turns that begin with `system: `, and an empty user turn where the assistant
+      speaks first.
 
     Args:
         tokenizer: the LLM's, with a chat template.
@@ -50,8 +51,8 @@ class ChatFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, memory_token: str, header: str) -> None:
         if tokenizer.chat_template is None:
             raise ConfigError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no chat template. Use an instruct model's tokenizer, or "
-                "set tokenizer.chat_template."
+                f"the tokenizer {tokenizer.name_or_path!r} has no chat template. Use an instruct model's "
+                "tokenizer, or set tokenizer.chat_template."
             )
         self.tokenizer = tokenizer
         self.memory_token = memory_token
@@ -61,8 +62,9 @@ class ChatFormat:
         self.merges_turns = False
         if not self._shows([user]):
             raise ConfigError(
-                f"the chat template of the tokenizer {tokenizer.name_or_path!r} does not write a user message's text, "
-                "so conversations cannot be written for it. Set tokenizer.chat_template to one that does."
+                f"the chat template of the tokenizer {tokenizer.name_or_path!r} does not write a user "
+                "message's text, so conversations cannot be written for it. Set tokenizer.chat_template to "
+                "one that does."
             )
         self.accepts_system = self._accepts_system()
         self.accepts_tool = self._shows([user, assistant, _probe("tool", 3)])
@@ -112,7 +114,8 @@ class ChatFormat:
     def overheads(self) -> dict[Role, int]:
         """Tokens that the template writes around the content of one turn of each role.
 
-        The two of a user and assistant pair are measured together; only their sum matters where turns alternate.
+        The two of a user and assistant pair are measured together; only their sum matters where turns
+        alternate.
         """
         content = self.content_lengths(["a"])[0]
         one = self._length([Message("user", "a")])

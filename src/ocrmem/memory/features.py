@@ -41,9 +41,9 @@ def page_key(page_text: str, *, encoder_identity: str, render_identity: str, dty
 class FeatureStore:
     """A folder of features, one safetensors file for each page key, in 256 subfolders.
 
-    Any number of processes may read and write it at once: a file appears whole or not at all, and two writers of
-    one key write the same content. A file that is damaged is removed and its page encoded again. Where the disk is
-    full, features are no longer kept, with a warning: they are derived data, and the run goes on.
+    Any number of processes may read and write it at once: a file appears whole or not at all, and two writers
+    of one key write the same content. A file that is damaged is removed and its page encoded again. Where the
+    disk is full, features are no longer kept, with a warning: they are derived data, and the run goes on.
 
     Args:
         folder: created when the first features are written.
@@ -100,8 +100,8 @@ class FeatureStore:
         except OSError as error:
             self._writable = False
             log.warning(
-                "features are no longer cached: %s cannot be written (%s). The run goes on without; free some space "
-                "or give another feature_cache to have them kept.",
+                "features are no longer cached: %s cannot be written (%s). The run goes on without; free "
+                "some space or give another feature_cache to have them kept.",
                 self.folder,
                 error.strerror or error,
             )
@@ -141,8 +141,8 @@ def encode_pages(
 ) -> torch.Tensor:
     """Features of pages, from the store where they are kept, else from the encoder, and then kept.
 
-    Fresh features are rounded to `dtype` as kept ones are, so both give the same loss. Pages of the same key are
-    encoded once. There is no gradient: nothing before the features learns.
+    Fresh features are rounded to `dtype` as kept ones are, so both give the same loss. Pages of the same key
+    are encoded once. There is no gradient: nothing before the features learns.
 
     Args:
         pages_PHW: uint8, as the encoder takes them.
@@ -193,15 +193,16 @@ def encode_pages(
 def _round(features_PVE: torch.Tensor, dtype: torch.dtype, encoder_name: str) -> torch.Tensor:
     if not bool(torch.isfinite(features_PVE).all()):
         raise CheckpointError(
-            f"encoder {encoder_name!r} gave features that are not finite numbers: its weights are damaged, or its "
-            "dtype is too narrow for them. Fetch the weights again, or give the encoder dtype: float32."
+            f"encoder {encoder_name!r} gave features that are not finite numbers: its weights are damaged, "
+            "or its dtype is too narrow for them. Fetch the weights again, or give the encoder dtype: "
+            "float32."
         )
     rounded_PVE = features_PVE.to(dtype)
     if not bool(torch.isfinite(rounded_PVE).all()):
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
             f"a feature of encoder {encoder_name!r} is {float(features_PVE.abs().max()):.4g}, too large for "
-            f"feature_dtype={name!r}, which ends at {torch.finfo(dtype).max:.4g}. Set memory.feature_dtype to "
-            "bfloat16 or float32."
+            f"feature_dtype={name!r}, which ends at {torch.finfo(dtype).max:.4g}. Set memory.feature_dtype "
+            "to bfloat16 or float32."
         )
     return rounded_PVE

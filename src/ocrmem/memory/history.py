@@ -15,7 +15,7 @@ def turn_text(message: Message) -> str:
 def history_text(messages: Iterable[Message]) -> str:
     """The text of a history, one turn after the other.
 
-    It is append-only: the text of a longer history starts with that of a shorter one, so that pages which are full
-    never change when turns are added.
+    It is append-only: the text of a longer history starts with that of a shorter one, so that pages which are
+    full never change when turns are added.
     """
     return "".join(map(turn_text, messages))

@@ -8,8 +8,8 @@ from ocrmem.render.renderer import Renderer
 from ocrmem.types import Page
 
 NUM_HISTORIES = 4
-"""Histories whose pages are kept. A chat has one and an evaluation goes through conversations one by one, so a few
-are enough; a page of 1,280 × 1,280 pixels takes 1.6 MB."""
+"""Histories whose pages are kept. A chat has one and an evaluation goes through conversations one by one, so
+a few are enough; a page of 1,280 × 1,280 pixels takes 1.6 MB."""
 
 
 class HistoryPages:

@@ -43,8 +43,8 @@ def choose_memory_token(
 
     Args:
         tokenizer: the LLM's.
-        memory_token: the user's choice; None: the first of `CANDIDATES` that fits, then any token whose name says
-            that it is reserved.
+        memory_token: the user's choice; None: the first of `CANDIDATES` that fits, then any token whose name
+            says that it is reserved.
         vocab_size: rows of the LLM's embedding, where known; ids beyond are refused.
 
     Raises:
@@ -55,8 +55,9 @@ def choose_memory_token(
         reason = _refusal(tokenizer, memory_token, vocab_size)
         if reason is not None:
             raise ConfigError(
-                f"memory_token={memory_token!r} cannot be the placeholder: {reason}. Give an added token of the "
-                f"tokenizer that neither the chat template nor a reply uses; it has {_some_added(tokenizer)}."
+                f"memory_token={memory_token!r} cannot be the placeholder: {reason}. Give an added token of "
+                "the tokenizer that neither the chat template nor a reply uses; it has "
+                f"{_some_added(tokenizer)}."
             )
         return memory_token, added[memory_token]
     reserved = [token for token in added if RESERVED.search(token)]
@@ -64,8 +65,8 @@ def choose_memory_token(
         if token in added and _refusal(tokenizer, token, vocab_size) is None:
             return token, added[token]
     raise ConfigError(
-        f"the tokenizer {tokenizer.name_or_path!r} has no reserved token that could stand for memory. Give one with "
-        "memory_token=…: an added token that neither the chat template nor a reply uses; it has "
+        f"the tokenizer {tokenizer.name_or_path!r} has no reserved token that could stand for memory. Give "
+        "one with memory_token=…: an added token that neither the chat template nor a reply uses; it has "
         f"{_some_added(tokenizer)}."
     )
 
@@ -100,8 +101,8 @@ def _refusal(tokenizer: PreTrainedTokenizerBase, token: str, vocab_size: int | N
 def escape_placeholder(text: str, token: str) -> str:
     """Text that can never become the placeholder's id.
 
-    A zero-width space is put after the first character of every literal occurrence of the placeholder. That is for
-    the tokenizer alone: pages draw the text as it was written.
+    A zero-width space is put after the first character of every literal occurrence of the placeholder. That
+    is for the tokenizer alone: pages draw the text as it was written.
     """
     while (
         token in text

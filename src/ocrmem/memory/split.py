@@ -20,8 +20,8 @@ from ocrmem.memory.chat_format import ChatFormat, num_leading_system
 from ocrmem.types import Message
 
 DROP_STEPS = 8
-"""History beyond `max_length` is left out in steps of an eighth of it. The oldest turn that is kept, and with it
-every full page, then stays the same for many replies, so cached features stay valid."""
+"""History beyond `max_length` is left out in steps of an eighth of it. The oldest turn that is kept, and with
+it every full page, then stays the same for many replies, so cached features stay valid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +147,8 @@ class Split:
         if self.compression_ratio is None:
             return f"no memory: all {len(self.recent)} turns stay text{dropped}"
         return (
-            f"memory: {len(self.history)} turns, {self.history_tokens} text tokens as {self.memory_tokens} memory "
-            f"tokens (ratio {self.compression_ratio:.2f}); {len(self.recent)} turns stay text{dropped}"
+            f"memory: {len(self.history)} turns, {self.history_tokens} text tokens as {self.memory_tokens} "
+            f"memory tokens (ratio {self.compression_ratio:.2f}); {len(self.recent)} turns stay text{dropped}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -168,10 +168,10 @@ class Split:
 def split_prompt(counts: TokenCounts, end: int, *, settings: MemorySettings) -> Split:
     """Divide the prompt of the first `end` messages; arithmetic alone, O(log n).
 
-    A prompt of at most `context_threshold` tokens stays text. Of a longer one, the last user turn and what follows
-    it stays text however long, and so do the turns before it as far as all of them fit in `recent_tokens`; they
-    start with a user turn where there is one. Leading system messages stay text. The other turns are history,
-    without the oldest whole turns where the prompt exceeds `max_length`.
+    A prompt of at most `context_threshold` tokens stays text. Of a longer one, the last user turn and what
+    follows it stays text however long, and so do the turns before it as far as all of them fit in
+    `recent_tokens`; they start with a user turn where there is one. Leading system messages stay text. The
+    other turns are history, without the oldest whole turns where the prompt exceeds `max_length`.
 
     The memory is not decided here: `Split.with_memory` takes it back where it would not be smaller.
     """

@@ -1,0 +1,122 @@
+"""Fonts: which one has a character, and how it looks in its place on a line."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+from fontTools.ttLib import TTFont, TTLibError
+from PIL import Image, ImageDraw, ImageFont
+
+from ocrmem.assets.fetch import asset_revision, resolve
+from ocrmem.config.render import RenderSettings
+from ocrmem.errors import RenderError
+from ocrmem.render.hexbox import hex_box
+
+BUNDLED = {"dejavu-sans": "DejaVuSans.ttf", "dejavu-sans-mono": "DejaVuSansMono.ttf"}
+FETCHED = ("noto-sans-sc",)
+FOLDER = Path(__file__).with_name("font_files")
+
+
+def font_path(name: str) -> Path:
+    """The file of a bundled font, a fetched one (downloaded on first use), or a path.
+
+    Raises:
+        RenderError: there is no such font.
+        AssetError: the font could not be fetched.
+    """
+    if name in BUNDLED:
+        return FOLDER / BUNDLED[name]
+    if name in FETCHED:
+        return resolve(name)
+    path = Path(name)
+    if path.is_file():
+        return path
+    raise RenderError(
+        f"font {name!r} is neither bundled ({', '.join(BUNDLED)}), nor fetchable ({', '.join(FETCHED)}), nor a file. "
+        "Give one of these names, or the path of a TrueType or OpenType file."
+    )
+
+
+def font_digest(name: str) -> str:
+    """SHA-256 of a font's file, without fetching it."""
+    if name in FETCHED:
+        return asset_revision(name)
+    return hashlib.sha256(font_path(name).read_bytes()).hexdigest()
+
+
+class Face:
+    """One font file at one size."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        path = font_path(name)
+        try:
+            self.font = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+            with TTFont(path, fontNumber=0, lazy=True) as tables:
+                self.characters = frozenset(tables.getBestCmap() or ())
+        except (OSError, TTLibError, KeyError, ValueError, AssertionError) as error:
+            raise RenderError(f"font file {str(path)!r} is no readable font: {error}. Give another font.") from error
+        if not self.characters:
+            raise RenderError(f"font file {str(path)!r} has no Unicode character map. Give another font.")
+
+    def coverage(self, text: str, *, height: int, baseline: int) -> np.ndarray:
+        """Coverage [height, advance of the base] of a base and its marks on the baseline, 0 to 255."""
+        width = max(1, round(self.font.getlength(text[0])))
+        image = Image.new("L", (width, height), 0)
+        ImageDraw.Draw(image).text((0, baseline), text, fill=255, font=self.font, anchor="ls")
+        return np.asarray(image)
+
+
+class FontSet:
+    """The fonts of the page settings, tried in order; fallbacks are opened when a character first needs them."""
+
+    def __init__(self, settings: RenderSettings) -> None:
+        self._settings = settings
+        self.names = (settings.font, *settings.fallback_fonts)
+        self._primary = self._face(0)
+        ascent, descent = self._primary.font.getmetrics()
+        spare = settings.line_height - ascent - descent
+        self.baseline = settings.line_height - descent - max(0, spare // 2)
+        """Below the middle of the spare room; where there is none, descenders stay whole and high accents are cut."""
+
+    @functools.cache  # noqa: B019 - one set lives as long as its renderer
+    def _face(self, index: int) -> Face:
+        return Face(self.names[index], self._settings.font_size)
+
+    def face_for(self, text: str) -> Face | None:
+        """The first font that has every character of `text`; None where none has."""
+        codes = {ord(character) for character in text}
+        for index in range(len(self.names)):
+            if codes <= self._face(index).characters:
+                return self._face(index)
+        return None
+
+    def draw(self, face: Face, text: str) -> np.ndarray:
+        """Coverage [line_height, w] of one glyph, squeezed into its cells where the settings have cells."""
+        coverage = face.coverage(text, height=self._settings.line_height, baseline=self.baseline)
+        if self._settings.cell_width is None:
+            return coverage
+        width = self._settings.cell_width * (2 if is_wide(text[0]) else 1)
+        image = Image.fromarray(coverage).resize((width, coverage.shape[0]), Image.Resampling.BOX)
+        return np.asarray(image)
+
+    def draw_box(self, code: int) -> np.ndarray:
+        """Coverage [line_height, w] of the box for a character that no font has."""
+        settings = self._settings
+        box = hex_box(code, height=min(settings.line_height, settings.font_size))
+        width = box.shape[1] + 1
+        if settings.cell_width is not None:
+            width = -(-width // settings.cell_width) * settings.cell_width
+        coverage = np.zeros((settings.line_height, width), dtype=np.uint8)
+        top = max(0, min(self.baseline - box.shape[0] + box.shape[0] // 8, settings.line_height - box.shape[0]))
+        coverage[top : top + box.shape[0], : box.shape[1]] = box
+        return coverage
+
+
+def is_wide(character: str) -> bool:
+    """Whether a character takes two cells (Unicode Standard Annex 11: wide or full width)."""
+    return unicodedata.east_asian_width(character) in "WF"
