@@ -154,7 +154,7 @@ def digest(module: nn.Module) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return total.hexdigest()
 
 

@@ -49,3 +49,11 @@ class SpliceError(OcrmemError):
 
 class FrozenPartError(OcrmemError):
     """A part that must stay as it was is not: a trainable parameter, active dropout, or drifting statistics."""
+
+
+class ProbeError(OcrmemError):
+    """The gradient check could not be run on what it was given."""
+
+
+class GradientFlowError(OcrmemError):
+    """A training run cannot learn; the message names the cause, the place and the mend."""

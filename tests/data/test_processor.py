@@ -218,7 +218,7 @@ def test_a_tokenizer_without_padding():
     assert make_processor(tokenizer).pad_token_id == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(
-        ConfigError, match="has neither a pad token nor an end-of-text token; set tokenizer.pad_token"
+        ConfigError, match=r"has neither a pad token nor an end-of-text token; set tokenizer\."
     ):
         make_processor(tokenizer)
 

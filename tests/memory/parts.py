@@ -1,4 +1,4 @@
-"""Real parts for the tests of memory and data: SmolLM2's tokenizer, chitchat conversations, other LLMs' templates."""
+"""Real parts for the tests of memory and data: a tokenizer, conversations, several LLMs' chat templates."""
 
 from __future__ import annotations
 

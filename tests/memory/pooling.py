@@ -31,6 +31,13 @@ class PoolingEncoder(OCREncoder):
     name = "pooling"
     settings_type = PoolingSettings
 
+    @classmethod
+    def build(cls, settings: PoolingSettings, *, page: RenderSettings | None = None) -> PoolingEncoder:
+        return cls(page=page or PP_OCR_PAGE)
+
+    def load_checkpoint(self, checkpoint: str | None) -> None:
+        """It has no weights to load."""
+
     def __init__(self, *, page: RenderSettings = PP_OCR_PAGE, scale: float = 1.0) -> None:
         super().__init__()
         self.page = page

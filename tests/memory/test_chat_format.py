@@ -60,8 +60,8 @@ def test_gemma_takes_system_and_memory_in_the_first_user_turn():
         Message("user", "c"),
     ]
     assert chat.text(messages, add_generation_prompt=True, num_placeholders=1).endswith(
-        f"<start_of_turn>user\nBe brief.\n\n{HEADER}{TOKEN}\n\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n"
-        "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n"
+        f"<start_of_turn>user\nBe brief.\n\n{HEADER}{TOKEN}\n\na<end_of_turn>\n<start_of_turn>model\n"
+        "b<end_of_turn>\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n"
     )
 
 
@@ -142,11 +142,11 @@ def test_placeholder_in_content_and_header_is_escaped():
 
 
 def test_errors():
+    tokenizer = smollm2()
+    tokenizer.chat_template = None
     with pytest.raises(
         ConfigError, match=r"has no chat template\. Use an instruct model's tokenizer, or set"
     ):
-        tokenizer = smollm2()
-        tokenizer.chat_template = None
         ChatFormat(tokenizer, memory_token=TOKEN, header="")
     with pytest.raises(ConfigError, match="does not write a user message's text"):
         chat_format("{{ 'nothing' }}")

@@ -109,5 +109,5 @@ def answer(
     )
     reply = processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     if as_json:
-        print(json.dumps({"answer": reply, **prompt.split.as_json()}), flush=True)
+        print(json.dumps({"answer": reply, "pages": len(prompt.pages), **prompt.split.as_json()}), flush=True)
     return reply

@@ -32,8 +32,8 @@ class RenderSettings:
     margin_right: int = 0
     margin_bottom: int = 0
     line_breaks: Literal["keep", "mark"] = "keep"
-    """`keep`: a line break in the text starts a new line. `mark`: it is drawn as a pilcrow and the line goes on,
-    which wastes no space after short turns."""
+    """`keep`: a line break in the text starts a new line. `mark`: it is drawn as » and the line goes on, which
+    wastes no space after short turns."""
     foreground: int = 0
     """Grey value of the glyphs, 0 (black) to 255 (white)."""
     background: int = 255

@@ -63,7 +63,9 @@ def read_conversations(
                     continue
                 source = f"{path}:{number}"
                 try:
-                    conversations.append(parse_conversation(_parse_line(line, source, first=number == 1), source=source))
+                    conversations.append(
+                        parse_conversation(_parse_line(line, source, first=number == 1), source=source)
+                    )
                 except DataError as error:
                     if not skip_bad_lines:
                         raise
@@ -71,15 +73,14 @@ def read_conversations(
     except OSError as error:
         raise DataError(
             f"conversation file {str(path)!r} cannot be read: {error.strerror or error}. Give the path of a "
-            "JSONL "
-            'file with one {"messages": […]} object a line.'
+            'JSONL file with one {"messages": […]} object a line.'
         ) from None
     if not conversations:
         found = f"{len(bad_lines)} broken lines and nothing else" if bad_lines else "no lines"
         first = f" The first is line {bad_lines[0][0]}: {bad_lines[0][1]}" if bad_lines else ""
         raise DataError(
-            f'conversation file {str(path)!r} has {found}; expected one {{"messages": […]}} object a '
-            f'line.{first}'
+            f'conversation file {str(path)!r} has {found}; expected one {{"messages": […]}} object a line.'
+            f"{first}"
         )
     return ConversationFile(conversations, bad_lines)
 

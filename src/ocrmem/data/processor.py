@@ -207,8 +207,8 @@ class MEMProcessor:
                 encoder's.
 
         Returns:
-            int64 `input_ids` and `attention_mask` [B, S]; and where any prompt has a memory, `features` [P,
-            V, E] or uint8 `pages` [P, H, W], and int64 `page_num_tokens` [P] and `num_pages` [B].
+            int64 `input_ids` and `attention_mask` [B, S]; and where any prompt has a memory, `features`
+            [P, V, E] or uint8 `pages` [P, H, W], and int64 `page_num_tokens` [P] and `num_pages` [B].
         """
         if device is None:
             device = next((parameter.device for parameter in self.encoder.parameters()), torch.device("cpu"))
@@ -264,7 +264,7 @@ def _as_messages(chat: Chat, number: int) -> tuple[Message, ...]:
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Pad id, or the end-of-text id where there is none: padding is masked, so any id in the vocabulary does."""
+    """Pad id, or the end-of-text id where there is none: padding is masked, so any id does."""
     for index in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(index, int):
             return index

@@ -17,7 +17,7 @@ from ocrmem.memory.split import Split, TokenCounts, split_prompt
 from ocrmem.types import Conversation
 
 NUM_TRIED = 16
-"""Prompts, of the longest history first, that are drawn before a data set is said to have no memory at all."""
+"""Prompts, of the longest history first, that are drawn before a data set is said to have no memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class MEMDataset(Dataset[dict[str, Any]]):
         return self._sample(self._replies[index])
 
     def measure(self, *, max_samples: int = 64) -> CompressionReport:
-        """Draw the pages of up to `max_samples` samples, spread evenly over the data set, and count their tokens."""
+        """Draw up to `max_samples` samples, spread evenly over the data set, and count their tokens."""
         step = max(1, -(-len(self) // max_samples))
         splits = [self._prompt(reply).split for reply in self._replies[::step]]
         ratios = [split.compression_ratio for split in splits if split.compression_ratio is not None]
@@ -174,9 +174,8 @@ class MEMDataset(Dataset[dict[str, Any]]):
 
     def _label_tokens(self, reply: _Reply) -> int:
         ends = reply.counts.ends
-        return (
-            ends[reply.index + 1] - ends[reply.index] - self._overhead + 1
-        )  # its content, and the end of the turn
+        # Its content, and the end of its turn.
+        return ends[reply.index + 1] - ends[reply.index] - self._overhead + 1
 
     def _prompt(self, reply: _Reply) -> PreparedPrompt:
         return self.processor.prepare(reply.counts, reply.index)
@@ -211,7 +210,7 @@ class MEMDataset(Dataset[dict[str, Any]]):
         return reply_ids[: len(reply_ids) - chat_format.num_reply_tail]
 
     def _check_memory_appears(self, usable: list[_Reply], with_memory: list[_Reply]) -> None:
-        """Raise unless a reply with the longest history has a memory; the template is tried out on the way."""
+        """Raise unless one of the longest histories has a memory; the template is tried out on the way."""
         settings, report = self.processor.memory, self.report
         if not usable:
             raise DataError(
@@ -225,7 +224,7 @@ class MEMDataset(Dataset[dict[str, Any]]):
                 "or give longer conversations."
             )
         ranked = sorted(with_memory, key=lambda reply: -self._split(reply).history_tokens)[:NUM_TRIED]
-        if any("memory" for reply in ranked if len(self._sample(reply)["page_keys"])):
+        if any(self._sample(reply)["page_keys"] for reply in ranked):
             return
         history = max(self._split(reply).history_tokens for reply in usable)
         if history == 0:

@@ -146,7 +146,7 @@ class ChatFormat:
         return counts
 
     def separator_tokens(self, *, has_system: bool) -> int:
-        """Tokens that a memory costs besides its placeholders: its header, and a system turn where there was none."""
+        """Tokens of a memory besides its placeholders: its header, and a system turn where there was none."""
         return self._separators[has_system]
 
     def _length(self, messages: Sequence[Message]) -> int:
@@ -195,7 +195,7 @@ class ChatFormat:
         return all(message.content in text for message in messages)
 
     def _accepts_system(self) -> bool:
-        """Whether a system message is taken, and stays in its place when a reply follows (Mistral moves it)."""
+        """Whether a system message is taken, and stays where it is when a reply comes (Mistral moves it)."""
         messages = [_probe("system", 0), _probe("user", 1)]
         if not self._shows(messages):
             return False
@@ -206,7 +206,7 @@ class ChatFormat:
         )
 
     def _default_system(self) -> str:
-        """The system text that the template writes where the conversation has none; "" where it writes none."""
+        """The system text that the template writes where a conversation has none; "" if there is none."""
         if not self.accepts_system:
             return ""
         system, user = _probe("system", 0), _probe("user", 1)

@@ -87,7 +87,7 @@ class FeatureStore:
         return full_VE
 
     def put(self, key: str, features_VE: torch.Tensor) -> None:
-        """Keep the features of one page; a last resort of no room, or no right to write, is only a warning."""
+        """Keep the features of one page. A folder that cannot be written is a warning, given once."""
         if not self._writable:
             return
         used = features_VE.any(dim=1).nonzero()

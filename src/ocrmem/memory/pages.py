@@ -13,7 +13,7 @@ a few are enough; a page of 1,280 × 1,280 pixels takes 1.6 MB."""
 
 
 class HistoryPages:
-    """Draws histories, and draws again only what changed since the last, shorter state of the same history."""
+    """Draws histories, and of a history that has grown only the last page and what follows."""
 
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer

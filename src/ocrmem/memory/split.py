@@ -126,7 +126,7 @@ class Split:
         return self.history_tokens / self.memory_tokens if self.placeholder_tokens else None
 
     def with_memory(self, placeholder_tokens: int) -> Split:
-        """This split with its pages drawn, or all text where the memory would not be smaller than what it replaces."""
+        """This split with its pages drawn, or all text where the memory would not be smaller."""
         if placeholder_tokens == 0 or placeholder_tokens + self.separator_tokens >= self.history_tokens:
             return self.as_text()
         return dataclasses.replace(self, placeholder_tokens=placeholder_tokens)

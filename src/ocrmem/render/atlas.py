@@ -13,6 +13,9 @@ from ocrmem.render.fonts import FontSet
 
 LINE_BREAKS = frozenset("\n\r\v\f\x85\u2028\u2029")
 """Characters that end a line: those of Unicode Standard Annex 14's mandatory breaks."""
+BREAK_MARK = "»"
+"""What a line break looks like with `line_breaks="mark"`. Of 32 candidates it is the rarest in text among those that
+PP-OCRv6-small reads every time between two words without a space; it drops the pilcrow, and reads a bar as an l."""
 TAB_SPACES = 4
 """A tab is as wide as four spaces."""
 NEWLINE = 0
@@ -42,8 +45,8 @@ class Atlas:
         self._boxes: dict[int, str] = {}
         mark = np.zeros((settings.line_height, 0), dtype=np.uint8)
         if settings.line_breaks == "mark":
-            face = self._fonts.face_for("¶")
-            mark = self._fonts.draw_box(0xB6) if face is None else self._fonts.draw(face, "¶")
+            face = self._fonts.face_for(BREAK_MARK)
+            mark = self._fonts.draw_box(ord(BREAK_MARK)) if face is None else self._fonts.draw(face, BREAK_MARK)
         self._add(mark)
         self._add(np.zeros((settings.line_height, 0), dtype=np.uint8))
 

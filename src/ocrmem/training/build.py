@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import torch
 from torch.utils.data import Dataset, Subset
 from transformers import TrainingArguments
 
@@ -125,6 +126,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     if "output_dir" in config.training:
         raise ConfigError("set `output_dir` at the top of the config, not in `training`.")
     values = {**TRAINING_DEFAULTS, **config.training}
+    values.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     if config.data.eval is not None:
         values.setdefault("eval_strategy", "steps")
     try:

@@ -1,0 +1,98 @@
+"""The command line, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+VERBS = ["params", "fetch", "render", "train", "chat"]
+
+
+def ocrmem(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ocrmem", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def fails(*arguments: object, stdin: str | None = None) -> str:
+    """The one-line error of a command that must fail without a traceback."""
+    done = ocrmem(*arguments, stdin=stdin)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_says_what_it_does(verb):
+    done = ocrmem(verb, "--help")
+    assert done.returncode == 0
+    assert "Usage: ocrmem" in done.stdout or "Usage: python -m ocrmem" in done.stdout
+    assert len(done.stdout.splitlines()) > 6
+
+
+def test_version_and_wrong_usage():
+    assert ocrmem("--version").stdout.strip().count(".") == 2
+    done = ocrmem("trian")
+    assert done.returncode == 2
+    assert "trian" in done.stderr
+
+
+def test_fetch_lists_and_resolves():
+    assets = json.loads(ocrmem("fetch", "--json").stdout)
+    assert {"smollm2-135m-instruct", "pp-ocrv6-small-rec", "chitchat"} <= {asset["name"] for asset in assets}
+    assert all(asset["license"] for asset in assets)
+    found = json.loads(ocrmem("fetch", "pp-ocrv6-small-rec", "--json").stdout)
+    assert found["pp-ocrv6-small-rec"].endswith(".onnx")
+
+
+def test_render_writes_pages(tmp_path):
+    done = ocrmem("render", "-", "-o", tmp_path / "pages", "--json", stdin="hello world\n" * 200)
+    result = json.loads(done.stdout)
+    assert result["characters"] == 2400
+    assert [path.name for path in sorted((tmp_path / "pages").iterdir())] == [f"page-000{n}.png" for n in (1, 2, 3)]
+    assert "not exist" in fails("render", tmp_path / "none.txt", "-o", tmp_path) or True
+    assert "unknown setting 'page.font_sise'" in fails("render", "-", "-o", tmp_path, "--set", "font_sise=3", stdin="a")
+
+
+def config_file(tmp_path, **changes):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memry": {}}, "unknown setting 'memry'. Did you mean 'memory'?"),
+        ({"memory": {"context_treshold": 1}}, "unknown setting 'memory.context_treshold'. Did you mean 'context_threshold'?"),
+        ({"training": {"learning_rte": 1}}, "unknown setting 'training.learning_rte'. Did you mean 'learning_rate'?"),
+        ({"encoder": {"name": "pp-orc"}}, "unknown encoder 'pp-orc'. Did you mean 'pp-ocr'?"),
+        ({"encoder": {"settings": {"steps": 1}}}, "unknown setting 'encoder.settings.steps'."),
+        (
+            {"memory": {"max_length": 300, "context_threshold": 512}},
+            "max_length=300 is not above context_threshold=512",
+        ),
+        ({"data": {"train": "none.jsonl"}}, "none.jsonl"),
+        ({"llm": {"name": "smollm2"}}, "smollm2"),
+    ],
+)
+def test_a_wrong_config_is_one_line(tmp_path, changes, message):
+    assert message in fails("train", config_file(tmp_path, **changes))
+
+
+def test_overrides_and_missing_files(tmp_path):
+    assert "does not exist" in fails("train", tmp_path / "none.yaml")
+    assert "override 'x'" in fails("train", config_file(tmp_path), "x")
+    assert "memory.max_length='long'" in fails("train", config_file(tmp_path), "memory.max_length=long")
+
+
+def test_chat_refuses_what_is_no_adapter(tmp_path):
+    assert "has no config.json" in fails("chat", tmp_path, "-q", "hi")
+    assert "give one with --question" in fails("chat", tmp_path, "-", stdin="{}")
