@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +29,8 @@ def command(
     from ocrmem.config.train import load_train_config
     from ocrmem.training.run import train
 
-    result = train(load_train_config(config, overrides or []), resume=resume)
+    with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its log; stdout is for the result
+        result = train(load_train_config(config, overrides or []), resume=resume)
     losses = [entry["loss"] for entry in result.log_history if "loss" in entry]
     if as_json:
         print(json.dumps(result.as_json()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,8 +57,8 @@ class CallLog:
     def __init__(self, model: nn.Module, *, lineage: Lineage, roots: Iterable[nn.Module]) -> None:
         self.busy = False
         self.host: HostCall | None = None
-        self.memory: list[torch.Tensor] = []
-        """Outputs of the trainable modules, detached, in order."""
+        self.memory: list[tuple[str, torch.Tensor]] = []
+        """Path and output, detached, of every call of a trainable module, in order."""
         self.embedding_square_means: dict[int, torch.Tensor] = {}
         """Mean square of the token embeddings looked up, by width."""
         self.unregistered: dict[str, nn.Module] = {}
@@ -66,7 +66,7 @@ class CallLog:
         self._lineage = lineage
         self._roots = set(roots)
         self._names = {module: name for name, module in model.named_modules()}
-        self._trainable = {module for module in model.modules() if any(p.requires_grad for p in module.parameters())}
+        self._trainable = {module: _learns(module) for module in model.modules()}
         self._open: list[_Open] = []
         self._done: dict[int, _Done] = {}
         self._count = 0
@@ -78,8 +78,6 @@ class CallLog:
 
     def calls(self) -> tuple[ModuleCall, ...]:
         """All calls, in the order in which they began."""
-        from dataclasses import replace
-
         done = [self._done[index] for index in sorted(self._done)]
         return tuple(
             replace(entry.call, finite=entry.finite is None or bool(entry.finite)) for entry in done
@@ -144,7 +142,7 @@ class CallLog:
         if module in self._roots and tensor is not None:
             if self._lineage.get(tensor) is None:
                 self._lineage.set(tensor, Label(live=tensor.requires_grad, origin=None))
-            self.memory.append(tensor.detach())
+            self.memory.append((entry.path, tensor.detach()))
         if isinstance(module, nn.Embedding) and tensor is not None:
             self.embedding_square_means[tensor.shape[-1]] = tensor.detach().float().square().mean()
         embeds = kwargs.get("inputs_embeds")
@@ -161,7 +159,7 @@ class CallLog:
                 kind=type(module).__name__,
                 depth=len(self._open),
                 training=module.training,
-                trainable=module in self._trainable,
+                trainable=self._trainable[module] if module in self._trainable else _learns(module),
                 grad_enabled=entry.grad_enabled,
                 inference_mode=entry.inference_mode,
                 reentrant=entry.reentrant,
@@ -188,6 +186,10 @@ class CallLog:
                     if item is module:
                         return f"{prefix}.{key}[{index!r}]".lstrip(".")
         return f"<{type(module).__name__}>"
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _host_call(path: str, embeds_BSD: torch.Tensor, kwargs: Mapping[str, Any]) -> HostCall:

@@ -114,11 +114,16 @@ def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
     return max(float(max(group["lr"], group.get("initial_lr", 0.0))) for group in optimizer.param_groups)
 
 
+def memory_outputs(target: Target, recorder: Recorder) -> list[torch.Tensor]:
+    """What the target's modules returned, in order."""
+    return [output for path, output in recorder.log.memory if path in target.roots]
+
+
 def memory_facts(target: Target, recorder: Recorder, again: SecondPass) -> MemoryFacts | None:
     """Facts of the trainable modules' outputs; None where the whole model is trainable."""
     if not target.roots:
         return None
-    outputs = recorder.log.memory
+    outputs = memory_outputs(target, recorder)
     rms = embedding_rms = None
     if outputs and outputs[0].numel() and not outputs[0].is_meta:
         rms = float(outputs[0].float().square().mean().sqrt())

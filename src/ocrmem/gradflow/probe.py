@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,6 +108,8 @@ def verify_gradient_flow(
             grads = {name: tensor.grad for name, tensor in target.tensors.items()}
             frozen_with_grad = _frozen_with_grad(model, target)
             torch.set_grad_enabled(grad_enabled)
+            if not target.named:
+                target = _first_called(target, recorder)
             parallel = ranks.facts(mine=first.mine, skipped=first.backward_skipped, places=first.places)
             again = second_pass.SecondPass()
             underflow = None
@@ -135,7 +138,8 @@ def report_of_error(error: Exception, *, phase: Phase) -> GradientReport:
     return GradientReport(
         model="", training={}, grad_enabled_at_start=True, inference_mode_at_start=False, grad_mode_leak=None,
         trainable=(), named=False, calls=(), events=(), chain_end=None, loss=None, loss_requires_grad=False,
-        loss_grad_fn=None, loss_carries=False, loss_live=False, backward_ran=False, tensors=(), frozen_with_grad=(),
+        loss_grad_fn=None, loss_carries=False, loss_live=False, backward_ran=False, tensors=(),
+        inference_parameters=(), frozen_with_grad=(),
         underflow_scale=None, dropped_columns=(), memory=None, host=None, labels=None, optimizer=None, step=None,
         parallel=ParallelFacts(wrapper="none", rank=0, find_unused_parameters=None, ranks=(), backward_skipped=False,
                                collectives_differ=None),
@@ -214,13 +218,11 @@ def _runner(
 @contextmanager
 def _eagerly() -> Iterator[None]:
     """Run compiled parts as plain Python: inside a compiled graph neither operations nor modules can be watched."""
-    if torch.compiler.is_compiling():
-        raise ProbeError("verify_gradient_flow was called inside a compiled function; call it outside.")
-    torch.compiler.set_stance("force_eager")
-    try:
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and nothing can be compiled without it
         yield
-    finally:
-        torch.compiler.set_stance("default")
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _run_step(step: Callable[[], object], optimizer: torch.optim.Optimizer, target: Target) -> StepFacts:
@@ -238,6 +240,14 @@ def _run_step(step: Callable[[], object], optimizer: torch.optim.Optimizer, targ
         finally:
             handle.remove()
     return StepFacts(optimizer_stepped=bool(best), state_at_step=best[-1] if best else "none")  # type: ignore[arg-type]
+
+
+def _first_called(target: Target, recorder: Recorder) -> Target:
+    """Of several trainable modules the one that ran first: beside a projection, adapters inside the LLM may learn."""
+    called = next((call.path for call in recorder.log.calls() if call.path in target.roots), None)
+    if called is None:
+        return target
+    return replace(target, roots={called: target.roots[called]})
 
 
 def _frozen_with_grad(model: nn.Module, target: Target) -> tuple[str, ...]:
@@ -298,6 +308,7 @@ def _report(
         loss_live=label is not None and label.live,
         backward_ran=first.backward_ran,
         tensors=measure.tensor_grads(target, grads, None if sharded else first.in_graph, optimizer),
+        inference_parameters=tuple(name for name, p in model.named_parameters() if p.is_inference()),
         frozen_with_grad=frozen_with_grad,
         underflow_scale=underflow,
         dropped_columns=dropped_columns,

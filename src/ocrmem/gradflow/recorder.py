@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,8 +70,6 @@ class Recorder(TorchFunctionMode):
 
     def all_events(self) -> tuple[Event, ...]:
         """The events, with `used` filled in for splices."""
-        from dataclasses import replace
-
         return tuple(
             replace(event, used=index in self._used) if event.kind == "splice" and not event.in_place else event
             for index, event in enumerate(self.events)
@@ -161,6 +160,8 @@ class Recorder(TorchFunctionMode):
                 origin = inherited
             self.lineage.set(output, Label(False, origin, fixed=output.requires_grad))
         if live and outputs[0].requires_grad:
+            if outputs[0].numel() == 0 and live[0].numel():
+                self._add("empty", name, live[0].numel())
             if name in ops.FLAT:
                 self._add("flat", name, live[0].numel())
             elif name in ("mul", "__mul__", "__rmul__", "mul_") and any(ops.is_zero_number(arg) for arg in args):

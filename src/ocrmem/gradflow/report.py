@@ -28,6 +28,7 @@ EventKind = Literal[
     "serialised",
     "flat",
     "zero-weight",
+    "empty",
     "splice",
     "write-into-parameter",
     "write-through-data",
@@ -292,6 +293,8 @@ class GradientReport:
     backward_ran: bool
     tensors: tuple[TensorGrad, ...]
     """Every trainable tensor."""
+    inference_parameters: tuple[str, ...]
+    """Parameters that were made under `torch.inference_mode()`."""
     frozen_with_grad: tuple[str, ...]
     """Tensors outside `trainable` that received a gradient."""
     underflow_scale: float | None

@@ -40,7 +40,7 @@ def disturb(
 
     With grad mode as in the first pass, so that the model takes the same branches; there is no backward.
     """
-    memory = recorder.log.memory
+    memory = [output for path, output in recorder.log.memory if path in target.roots]
     if not target.roots or not memory or memory[0].dim() < 2:
         return SecondPass()
     permuted = any(output.shape[-2] > 1 for output in memory)

@@ -112,5 +112,5 @@ def escape_placeholder(text: str, token: str) -> str:
 
 
 def text_for_tokenizer(text: str, token: str) -> str:
-    """Text as the tokenizer gets it: the placeholder escaped; lone surrogates, which it refuses, as U+FFFD."""
+    """Text as the tokenizer gets it: the placeholder escaped; lone surrogates, which it refuses, U+FFFD."""
     return escape_placeholder(SURROGATES.sub("\ufffd", text), token)
