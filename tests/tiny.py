@@ -69,6 +69,13 @@ class ConvEncoder(OCREncoder):
             nn.init.normal_(self.norm.running_mean)
             nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
 
+    @classmethod
+    def build(cls, settings: ConvSettings, *, page: RenderSettings | None = None) -> ConvEncoder:
+        return cls(width=settings.width)
+
+    def load_checkpoint(self, checkpoint: str | None) -> None:
+        """Its random weights are its weights."""
+
     @property
     def feature_width(self) -> int:
         return self.conv.out_channels

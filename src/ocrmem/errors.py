@@ -57,3 +57,7 @@ class ProbeError(OcrmemError):
 
 class GradientFlowError(OcrmemError):
     """A training run cannot learn; the message names the cause, the place and the mend."""
+
+
+class TrainingError(OcrmemError):
+    """A training run cannot go on."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny import FAMILIES, PLACEHOLDER, tiny_batch, tiny_model
 
 from ocrmem.errors import ConfigError, SpliceError
-from ocrmem.model import mem_model, projection, splice
+from ocrmem.model import label_loss, mem_model, projection, splice
 
 KINDS = ("mlp", "attention")
 
@@ -61,8 +61,10 @@ def test_loss_is_that_of_the_llm_itself_on_the_spliced_embeddings(family):
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
     output = model(**batch, labels=labels)
     torch.testing.assert_close(output.loss, expected)
-    torch.testing.assert_close(output.logits, logits[:, output.logit_positions])
-    assert output.logits.shape[1] == 3, "only positions that predict a label"
+    torch.testing.assert_close(output.logits, logits[tuple(output.logit_positions.T)])
+    assert output.logits.shape == (9, 101), "only positions that predict a label: three in each sample"
+    single = {key: value[1:2] for key, value in batch.items() if key in ("input_ids", "attention_mask")}
+    assert model(**single, labels=labels[1:2]).logits.shape == (3, 101)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,8 +110,8 @@ def test_a_changed_page_changes_the_loss_of_its_own_sample_only():
     batch["pages"] = batch["pages"].clone()
     batch["pages"][2] = 255 - batch["pages"][2]  # the one page of the third sample
     after = model(**batch, labels=labels).logits
-    assert torch.equal(before[:2], after[:2])
-    assert (before[2] - after[2]).abs().max() > 1e-4
+    assert torch.equal(before[:6], after[:6])
+    assert (before[6:] - after[6:]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,7 +199,7 @@ def test_forward_holds_nothing_that_could_cut_the_gradient():
     sources = [
         inspect.getsource(mem_model.MEMModel.forward).split('"""')[2],
         inspect.getsource(mem_model.MEMModel.embed),
-        inspect.getsource(mem_model.label_loss),
+        inspect.getsource(label_loss),
         inspect.getsource(splice.splice),
         inspect.getsource(projection.Projection.forward),
     ]

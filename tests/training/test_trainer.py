@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from training.worker import build_trainer
 
-from ocrmem.errors import CheckpointError, ConfigError, FrozenPartError
+from ocrmem.errors import CheckpointError, ConfigError, FrozenPartError, TrainingError
 from ocrmem.training.trainer import last_checkpoint
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -126,6 +126,18 @@ def test_gradient_checkpointing_trains_to_the_same_weights(straight, tmp_path):
     trainer.train()
     for key, value in straight[0].items():
         torch.testing.assert_close(trainer.model.proj.state_dict()[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_step(tmp_path):
+    trainer = build_trainer(tmp_path, steps=6)
+    hook = trainer.model.proj.linear2.weight.register_hook(
+        lambda grad: grad * float("nan") if trainer.state.global_step == 3 else grad
+    )
+    with pytest.raises(TrainingError, match="gradient of the projection is not finite at step 4, so the run was stopped"):
+        trainer.train()
+    hook.remove()
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.proj.parameters())
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
 
 
 def test_something_else_trainable_is_refused(tmp_path):

@@ -93,7 +93,7 @@ def build_trainer(run_dir: Path, *, steps: int, lonely: frozenset[int] = frozens
         TrainingArguments(output_dir=str(run_dir), **settings),
         train_dataset=TinyDataset(lonely=lonely),
         eval_dataset=TinyDataset(size=4),
-        data_collator=MEMCollator(0, padding_side="left"),
+        data_collator=MEMCollator(0),
         feature_store=FeatureStore(run_dir / "features"),
     )
 

@@ -9,10 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ocrmem.errors import ConfigError
-
-IGNORE_INDEX = -100
-"""Label of a position that has none, as everywhere in transformers."""
-
+from ocrmem.model.label_loss import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class MEMCollator:
@@ -29,7 +26,8 @@ class MEMCollator:
     pad_token_id: int
     """Id in the padded places; they are masked."""
     padding_side: Literal["left", "right"] = "right"
-    """Left padding lets replies end together, so that logits of fewer positions are needed."""
+    """Train with right padding: under left padding the padded queries see no key at all, and attention kernels of
+    CUDA then give gradients that are not numbers (seen with torch 2.11's SDPA on an H100)."""
     pad_to_multiple_of: int | None = None
     """Round S up to a multiple of this; None: S is the longest sample."""
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
-from ocrmem.data.collator import IGNORE_INDEX
 from ocrmem.data.processor import MEMProcessor, PreparedPrompt, stack_pages
 from ocrmem.errors import ConfigError, DataError, MemoryNeverAppearsError
 from ocrmem.memory.split import Split, TokenCounts, split_prompt
+from ocrmem.model.label_loss import IGNORE_INDEX
 from ocrmem.types import Conversation
 
 NUM_TRIED = 16

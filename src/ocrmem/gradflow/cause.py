@@ -86,6 +86,14 @@ def moved(report: GradientReport) -> bool | None:
     return not abs(memory.loss_change) <= 1e-6 * max(1.0, abs(report.loss))
 
 
+def value_reaches_loss(report: GradientReport) -> bool | None:
+    """Whether the loss depends on the memory's values by any way; None where that was not measured."""
+    memory = report.memory
+    if memory is None or memory.loss_change is None:
+        return None
+    return moved(report) or bool(memory.value_change)
+
+
 def memory_name(report: GradientReport) -> str:
     """The trainable module, in quotes."""
     return f"`{report.memory.module}`" if report.memory is not None else "the trainable part"

@@ -14,8 +14,8 @@ from ocrmem.gradflow.cause import (
     gradient_missing,
     learns,
     memory_name,
-    moved,
     part_of,
+    value_reaches_loss,
 )
 from ocrmem.gradflow.report import Event, GradientReport
 
@@ -146,8 +146,8 @@ def _reentrant_closure(report: GradientReport) -> Finding | None:
         return None
     return at_region(
         end,
-        f"memory enters {end.module!r} inside a reentrant checkpoint as a keyword or from a closure; a reentrant "
-        "checkpoint follows gradients of positional inputs only.",
+        "memory enters a reentrant checkpoint as a keyword or from a closure; such a checkpoint follows gradients of "
+        "its positional inputs only.",
     )
 
 
@@ -163,20 +163,28 @@ def _enable_grad_inside(report: GradientReport) -> Finding | None:
     return at_region(end, "torch.enable_grad() inside torch.inference_mode() does not bring the gradient back.")
 
 
+def _outermost_without_grad(report: GradientReport, path: str) -> str | None:
+    """The outermost module around `path` that was entered with grad mode off."""
+    for call in report.calls:
+        if call.path and part_of(path, call.path) and (call.inference_mode or not call.grad_enabled):
+            return call.path
+    return None
+
+
 def _accelerate_hook(report: GradientReport) -> Finding | None:
     end = _grad_off(report)
     if end is None or end.in_hook != "accelerate":
         return None
-    return Finding(
-        sentence=f"`{end.module}` runs inside an accelerate hook with no_grad=True.", module=end.module, source=None
-    )
+    # The hook switches grad mode off after its own module was entered, so that one is a level further out.
+    hooked = (_outermost_without_grad(report, end.module) or end.module).rpartition(".")[0] or end.module
+    return Finding(sentence=f"`{hooked}` runs inside an accelerate hook with no_grad=True.", module=hooked)
 
 
 def _generate(report: GradientReport) -> Finding | None:
     end = _grad_off(report)
     if end is None or not end.in_generate:
         return None
-    return at_region(end, "the loss is made of what generate() returned, and generate() runs under torch.no_grad().")
+    return at_event(end, "the loss is made of what generate() returned, and generate() runs under torch.no_grad().")
 
 
 def _projection_without_grad(inference: bool):
@@ -199,23 +207,16 @@ def _projection_without_grad(inference: bool):
 def _llm_without_grad(inference: bool):
     def find(report: GradientReport) -> Finding | None:
         end = _grad_off(report)
-        if end is None or end.inference_mode is not inference or not end.module or end.op in SPLICE_OPS - {"add", "add_"}:
+        if end is None or end.inference_mode is not inference or not end.module:
             return None
-        outermost = next(
-            (
-                call
-                for call in report.calls
-                if call.path and part_of(end.module, call.path) and (call.inference_mode or not call.grad_enabled)
-            ),
-            None,
-        )
+        outermost = _outermost_without_grad(report, end.module)
         if outermost is None:
             return None
         mode = "torch.inference_mode()" if inference else "torch.no_grad()"
         return Finding(
-            sentence=f"`{outermost.path}` runs under {mode}: a frozen LLM needs no gradient for its weights, but the "
+            sentence=f"`{outermost}` runs under {mode}: a frozen LLM needs no gradient for its weights, but the "
             "gradient must pass through it.",
-            module=outermost.path,
+            module=outermost,
             source=end.region or end.source,
         )
 
@@ -274,9 +275,18 @@ def _ends_with(kind: str, sentence: str, *, ops: frozenset[str] | None = None):
     return find
 
 
+def _no_derivative(report: GradientReport) -> Finding | None:
+    end = report.end
+    if end is None or end.kind != "no-derivative" or not gradient_missing(report):
+        return None
+    if not end.grad_enabled:
+        return at_event(end, f"a custom autograd function ({end.op} in it) gives an output without a gradient.")
+    return at_event(end, f"{end.op} gives an output without a gradient.")
+
+
 def _left(kind: str, ops: frozenset[str] | None, sentence: str):
     def find(report: GradientReport) -> Finding | None:
-        if not gradient_missing(report) or report.loss_carries or moved(report) is False:
+        if not gradient_missing(report) or report.loss_carries or value_reaches_loss(report) is False:
             return None
         for event in report.events:
             if event.kind == kind and (ops is None or event.op in ops):
@@ -292,7 +302,7 @@ def _never_spliced(report: GradientReport) -> bool:
         and report.memory is not None
         and report.memory.calls > 0
         and not report.loss_carries
-        and not moved(report)
+        and not value_reaches_loss(report)
     )
 
 
@@ -370,11 +380,11 @@ CAUSES: tuple[Cause, ...] = (
     Cause(id="projection-under-no-grad", table="A", title="projection under no_grad",
           mend="move the projection out of the block; the frozen encoder may stay in it.",
           find=_projection_without_grad(False)),
-    Cause(id="splice-under-no-grad", table="A", title="splice inside no_grad",
-          mend="splice outside the block; looking the text embeddings up inside it is fine.", find=_splice_without_grad),
     Cause(id="llm-under-inference-mode", table="A", title="LLM under inference_mode", mend=_OUTSIDE,
           find=_llm_without_grad(True)),
     Cause(id="llm-under-no-grad", table="A", title="LLM under no_grad", mend=_OUTSIDE, find=_llm_without_grad(False)),
+    Cause(id="splice-under-no-grad", table="A", title="splice inside no_grad",
+          mend="splice outside the block; looking the text embeddings up inside it is fine.", find=_splice_without_grad),
     Cause(id="operation-under-no-grad", table="A", title="another operation with grad mode off", mend=_OUTSIDE,
           find=_region_without_grad),
     Cause(id="detached-then-made-leaf", table="C", title=".detach().requires_grad_(True)",
@@ -382,16 +392,16 @@ CAUSES: tuple[Cause, ...] = (
           find=_made_leaf_after_detach),
     Cause(id="wrapped-in-parameter", table="C", title="nn.Parameter(memory)",
           mend="use the projection's output itself; nn.Parameter starts a new graph.",
-          find=_ends_with("leaf", "memory is wrapped in nn.Parameter: a new leaf, so the backward ends there.", ops=frozenset({"Parameter"}))),
+          find=_ends_with("leaf", "memory is wrapped in nn.Parameter, which is a new leaf (first used here): the backward ends there.", ops=frozenset({"Parameter"}))),
     Cause(id="memory-made-leaf", table="C", title="memory turned into a leaf",
           mend="use the projection's output itself.",
-          find=_ends_with("leaf", "the memory's values were given to a new leaf, so the backward ends there.")),
+          find=_ends_with("leaf", "the memory's values were given to a new leaf (first used here): the backward ends there.")),
     Cause(id="numpy-round-trip", table="A", title="memory through numpy",
           mend="stay in torch between the projection and the loss.",
-          find=_left("left-torch", frozenset({"numpy", "__array__", "__dlpack__"}), "memory leaves torch by {op}, where no gradient can follow.")),
+          find=_left("left-torch", frozenset({"numpy", "__array__", "__dlpack__"}), "memory leaves torch by {op}(), where no gradient can follow.")),
     Cause(id="python-numbers", table="A", title="memory through .item() or .tolist()",
           mend="stay in torch between the projection and the loss.",
-          find=_left("left-torch", None, "memory leaves torch as Python numbers by {op}.")),
+          find=_left("left-torch", None, "memory leaves torch as Python numbers by {op}().")),
     Cause(id="memory-serialised", table="C", title="torch.save and torch.load of projected memory",
           mend="store the encoder's features, and project them in every step.",
           find=_left("serialised", None, "projected memory is written to a file and read back; what is read is a new leaf.")),
@@ -403,14 +413,14 @@ CAUSES: tuple[Cause, ...] = (
           mend="use the tensor itself, or torch.as_tensor.",
           find=_ends_with("copy", "torch.{op} copies the values and leaves the graph behind.")),
     Cause(id="cast-to-integer", table="A", title=".long() and other integer casts", mend="keep it floating point.",
-          find=_ends_with("integer", "{op} turns the memory into integers, which have no gradient.",
+          find=_ends_with("integer", "{op}() turns the memory into integers, which have no gradient.",
                           ops=frozenset({"long", "int", "short", "byte", "char", "bool", "to", "type"}))),
     Cause(id="nearest-token", table="A", title="quantisation to the nearest token",
           mend="use the memory itself, or a straight-through estimator: x + (quantised - x).detach().",
-          find=_ends_with("integer", "{op} picks indices: what is looked up with them does not descend from the memory.")),
+          find=_ends_with("integer", "{op}() picks indices: what is looked up with them does not descend from the memory.")),
     Cause(id="operation-without-derivative", table="A", title="an operation without a derivative",
           mend="replace the operation by one that autograd supports.",
-          find=_ends_with("no-derivative", "{op} gives an output without a gradient.")),
+          find=_no_derivative),
     Cause(id="splice-result-discarded", table="A", title="result of masked_scatter thrown away",
           mend="embeds = embeds.masked_scatter(mask, memory).", find=_result_discarded),
     Cause(id="splice-into-copy", table="A", title="embeds[mask].copy_(memory)",

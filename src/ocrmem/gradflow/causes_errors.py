@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from ocrmem.gradflow.cause import Cause, Finding, at_error
-from ocrmem.gradflow.report import ErrorFacts, GradientReport
+from ocrmem.gradflow.report import ErrorFacts, GradientReport, SourceLine
 
 _Says = Callable[[ErrorFacts, GradientReport], str | None]
 
 
-def _matching(pattern: str, sentence: str | _Says) -> Callable[[GradientReport], Finding | None]:
+def _matching(
+    pattern: str, sentence: str | _Says, *, where: Callable[[GradientReport], SourceLine | None] | None = None
+) -> Callable[[GradientReport], Finding | None]:
     """A finder for errors whose text matches; `sentence` may look at the report and decline with None."""
     compiled = re.compile(pattern, re.IGNORECASE | re.DOTALL)
 
@@ -20,7 +23,11 @@ def _matching(pattern: str, sentence: str | _Says) -> Callable[[GradientReport],
         if error is None or not compiled.search(error.message):
             return None
         said = sentence if isinstance(sentence, str) else sentence(error, report)
-        return None if said is None else at_error(error, said)
+        if said is None:
+            return None
+        found = at_error(error, said)
+        place = None if where is None else where(report)
+        return found if place is None else replace(found, source=place)
 
     find.pattern = compiled  # type: ignore[attr-defined]
     return find
@@ -72,6 +79,7 @@ CAUSES: tuple[Cause, ...] = (
             _SAVED,
             "a tensor made under torch.inference_mode() enters a part that learns; autograd may not save it for the "
             "backward. A clone inside the block, .detach() and .float() stay inference tensors.",
+            where=lambda report: report.inference_line,
         ),
     ),
     Cause(

@@ -128,9 +128,12 @@ def _verdict(report: GradientReport, cause: Cause | None) -> Verdict:
 
 
 def _healthy(report: GradientReport) -> str:
-    arrived = sum(tensor.state == "finite" for tensor in report.tensors)
+    arrived = sum(tensor.state != "none" for tensor in report.tensors)
+    zeros = sum(tensor.state == "zero" for tensor in report.tensors)
     name = ", ".join(report.trainable) or report.model
     sentence = f"{arrived} of {len(report.tensors)} trainable tensors of {name} get a gradient"
+    if zeros:
+        sentence += f", {zeros} of them exactly zero, as behind weights that start at zero"
     if report.labels is not None and report.labels.in_loss is not None:
         sentence += f"; {report.labels.in_loss} tokens are learnt from"
     return sentence + "."
@@ -186,7 +189,8 @@ def _warnings(report: GradientReport) -> tuple[Warning, ...]:
                     + ("..." if len(lacking) > 3 else ""),
                 )
             )
-        if moved(report) is False and report.memory is not None and report.memory.permuted:
+        memory = report.memory
+        if moved(report) is False and memory is not None and memory.permuted and memory.calls_again:
             found.append(
                 Warning(id="order-does-not-matter", sentence="the loss does not change when the memory tokens are permuted.")
             )

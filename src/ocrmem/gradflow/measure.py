@@ -137,6 +137,7 @@ def memory_facts(target: Target, recorder: Recorder, again: SecondPass) -> Memor
         rms=rms,
         embedding_rms=embedding_rms,
         loss_change=again.loss_change,
+        value_change=again.value_change,
         permuted=again.permuted,
         sample_moved=again.sample_moved,
         sample_expected=again.sample_expected,

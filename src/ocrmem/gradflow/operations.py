@@ -32,7 +32,6 @@ LEAVES_TORCH: dict[str, EventKind] = {
     "__int__": "left-torch",
     "__index__": "left-torch",
     "__dlpack__": "left-torch",
-    "__reduce_ex__": "serialised",
 }
 """Operations after which the value lives outside torch."""
 

@@ -92,12 +92,13 @@ def verify_gradient_flow(
         raise ProbeError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
     if step is not None and optimizer is None:
         raise ProbeError("step was given without optimizer; pass both, so that its step can be watched and undone.")
-    target = resolve_target(model, trainable)
+    inner = unwrap(model)
+    target = resolve_target(inner, trainable)
     snapshot = Snapshot(model, extra=target.tensors.values())
     ranks = Ranks(model)
     grad_enabled, inference_mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     recorder = Recorder(
-        model,
+        inner,
         seeds=target.tensors.values(),
         roots=target.roots.values(),
         before_write=snapshot.before_write,
@@ -106,15 +107,15 @@ def verify_gradient_flow(
         with _eagerly():
             first = _first_pass(model, batch, loss_fn, target, recorder, snapshot, ranks)
             grads = {name: tensor.grad for name, tensor in target.tensors.items()}
-            frozen_with_grad = _frozen_with_grad(model, target)
+            frozen_with_grad = _frozen_with_grad(inner, target)
             torch.set_grad_enabled(grad_enabled)
             if not target.named:
                 target = _first_called(target, recorder)
             parallel = ranks.facts(mine=first.mine, skipped=first.backward_skipped, places=first.places)
             again = second_pass.SecondPass()
             underflow = None
-            if first.error is None and first.loss is not None and not first.backward_skipped:
-                run = _runner(unwrap(model) if ranks.wrapper == "DDP" else model, batch, loss_fn, snapshot)
+            if first.loss is not None and first.phase == "backward" and not first.backward_skipped:
+                run = _runner(inner if ranks.wrapper == "DDP" else model, batch, loss_fn, snapshot)
                 if ranks.wrapper not in ("FSDP1", "FSDP2"):
                     again = second_pass.disturb(run, target, recorder, first.loss, memory_samples)
                 if not ranks.active and first.backward_ran:
@@ -139,11 +140,11 @@ def report_of_error(error: Exception, *, phase: Phase) -> GradientReport:
         model="", training={}, grad_enabled_at_start=True, inference_mode_at_start=False, grad_mode_leak=None,
         trainable=(), named=False, calls=(), events=(), chain_end=None, loss=None, loss_requires_grad=False,
         loss_grad_fn=None, loss_carries=False, loss_live=False, backward_ran=False, tensors=(),
-        inference_parameters=(), frozen_with_grad=(),
+        inference_line=None, inference_parameters=(), frozen_with_grad=(),
         underflow_scale=None, dropped_columns=(), memory=None, host=None, labels=None, optimizer=None, step=None,
         parallel=ParallelFacts(wrapper="none", rank=0, find_unused_parameters=None, ranks=(), backward_skipped=False,
                                collectives_differ=None),
-        error=facts,
+        error=facts, exception=error.with_traceback(None),
     )  # fmt: skip
 
 
@@ -261,7 +262,7 @@ def _error_facts(this: _Pass, model: nn.Module, target: Target) -> ErrorFacts | 
     if this.error is None:
         return None
     source, modules = error_place(this.error.__traceback__)
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in unwrap(model).named_modules()}
     roots = set(target.roots.values())
     facts = ErrorFacts(
         phase=this.phase,
@@ -308,15 +309,17 @@ def _report(
         loss_live=label is not None and label.live,
         backward_ran=first.backward_ran,
         tensors=measure.tensor_grads(target, grads, None if sharded else first.in_graph, optimizer),
-        inference_parameters=tuple(name for name, p in model.named_parameters() if p.is_inference()),
+        inference_line=recorder.inference_line,
+        inference_parameters=tuple(name for name, p in unwrap(model).named_parameters() if p.is_inference()),
         frozen_with_grad=frozen_with_grad,
         underflow_scale=underflow,
         dropped_columns=dropped_columns,
         memory=measure.memory_facts(target, recorder, again),
         host=measure.host_facts(recorder.log.host, again.changed_positions_BS, batch),
         labels=measure.label_facts(batch, recorder),
-        optimizer=None if optimizer is None else measure.optimizer_facts(model, target, optimizer),
+        optimizer=None if optimizer is None else measure.optimizer_facts(unwrap(model), target, optimizer),
         step=step,
         parallel=parallel,
         error=_error_facts(first, model, target),
+        exception=None if first.error is None else first.error.with_traceback(None),
     )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ocrmem.gradflow.report import ParallelFacts, RankFacts
+from ocrmem.gradflow.target import unwrap
 
 TIMEOUT = timedelta(seconds=60)
 """How long a process waits for the others' facts; they come right after their own forward."""
@@ -43,7 +44,7 @@ class Ranks:
             bool(model.find_unused_parameters) if isinstance(model, nn.parallel.DistributedDataParallel) else None
         )
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.active else None
-        self._names = {module: name or "(model)" for name, module in model.named_modules()}
+        self._names = {module: name or "(model)" for name, module in unwrap(model).named_modules()}
         self._sharded = {module for module in model.modules() if _is_sharded(module)} if self.active else set()
 
     def gather(self, value: Any) -> list[Any]:
@@ -84,7 +85,7 @@ class Ranks:
         )
 
     def _meet(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._compare(self._names[module])
+        self._compare(self._names.get(module, "(wrapper)"))
 
     def _compare(self, place: str) -> None:
         with torch._C.DisableTorchFunction():

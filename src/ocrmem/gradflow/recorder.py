@@ -21,7 +21,7 @@ from ocrmem.gradflow import operations as ops
 from ocrmem.gradflow.calls import CallLog
 from ocrmem.gradflow.lineage import Label, Lineage, storage_address
 from ocrmem.gradflow.report import Event, EventKind, SourceLine
-from ocrmem.gradflow.source import grad_switch_line, surroundings
+from ocrmem.gradflow.source import grad_switch_line, in_pickling, surroundings
 
 MAX_EVENTS = 500
 """Distinct events kept; comparisons in a big model's mask code are many and rarely matter."""
@@ -53,6 +53,10 @@ class Recorder(TorchFunctionMode):
         self.loss_inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
         """[N, classes] and [N] of each cross entropy, in order; references, not copies."""
         self.grad_off: SourceLine | None = None
+        """Where grad mode was switched off last; None while it is on."""
+        self.inference_line: SourceLine | None = None
+        """Where inference mode began last."""
+        self._enabled_at_start = torch.is_grad_enabled()
         self._keys: dict[tuple[Any, ...], int] = {}
         self._before_write = before_write
         self._owned = {storage_address(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -81,6 +85,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = _name(func)
         if self.log.busy or name in ops.METADATA:
+            if name == "untyped_storage" and not self.log.busy and in_pickling():
+                self._note_pickled(args[0])
             return func(*args, **kwargs)
         if name == "_set_grad_enabled":
             self._note_grad_switch(bool(args[0]))
@@ -154,7 +160,7 @@ class Recorder(TorchFunctionMode):
                 continue
             if live and not output.requires_grad:
                 if cut is None:
-                    cut = self._add(ops.kind_of_cut(name, output), name, max(tensor.numel() for tensor in live))
+                    cut = self._add(self._kind_of_cut(name, output), name, max(tensor.numel() for tensor in live))
                 origin = cut
             else:
                 origin = inherited
@@ -166,6 +172,12 @@ class Recorder(TorchFunctionMode):
                 self._add("flat", name, live[0].numel())
             elif name in ("mul", "__mul__", "__rmul__", "mul_") and any(ops.is_zero_number(arg) for arg in args):
                 self._add("zero-weight", name, live[0].numel())
+
+    def _kind_of_cut(self, name: str, output: torch.Tensor) -> EventKind:
+        kind = ops.kind_of_cut(name, output)
+        # Inside a custom function's forward autograd is off without anyone having switched it off.
+        in_custom_function = self._enabled_at_start and self.grad_off is None and not torch.is_inference_mode_enabled()
+        return "no-derivative" if kind == "grad-off" and in_custom_function else kind
 
     def _label(self, tensor: torch.Tensor) -> Label | None:
         """The label of an input; a leaf that shares storage with a labelled tensor becomes an event of its own."""
@@ -183,7 +195,7 @@ class Recorder(TorchFunctionMode):
     # -- single observations -------------------------------------------------------------------------------------
 
     def _note_grad_switch(self, enabled: bool) -> None:
-        if enabled and torch.is_grad_enabled():
+        if enabled and (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
             return
         if enabled:
             self.grad_off = None
@@ -198,7 +210,7 @@ class Recorder(TorchFunctionMode):
         @functools.wraps(original)
         def enter(context: torch.inference_mode) -> None:
             if context.mode and not torch.is_inference_mode_enabled():
-                self.grad_off = grad_switch_line()
+                self.grad_off = self.inference_line = grad_switch_line()
             original(context)
 
         torch.inference_mode.__enter__ = enter
@@ -243,6 +255,10 @@ class Recorder(TorchFunctionMode):
             if kind == "write-through-data":
                 self.lineage.set(target, Label(False, index, fixed=True))
 
+    def _note_pickled(self, tensor: torch.Tensor) -> None:
+        if self.lineage.get(tensor) is not None and not self.lineage.is_seed(tensor):
+            self._add("serialised", "pickle", tensor.numel())
+
     def _note_made_leaf(self, name: str, args: tuple[Any, ...]) -> None:
         tensor, value = args[0], args[1] if len(args) > 1 else True
         if not value or self.lineage.is_seed(tensor):
@@ -269,10 +285,10 @@ class Recorder(TorchFunctionMode):
                 op=op,
                 module=self.log.innermost,
                 source=around.source,
-                region=self.grad_off if off else None,
+                region=around.checkpoint or (self.grad_off if off else None),
                 grad_enabled=torch.is_grad_enabled(),
                 inference_mode=torch.is_inference_mode_enabled(),
-                reentrant=around.reentrant,
+                reentrant=around.checkpoint is not None,
                 in_generate=around.in_generate,
                 in_hook=around.in_hook,
                 num_elements=num_elements,

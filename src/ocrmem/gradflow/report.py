@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 GradState = Literal["none", "zero", "finite", "non-finite"]
@@ -97,7 +97,7 @@ class Event:
     """Innermost module that was running; empty for the model itself."""
     source: SourceLine | None
     region: SourceLine | None
-    """Where grad mode was switched off, if it was off."""
+    """Where grad mode was switched off, if it was off; inside a reentrant checkpoint, where that was called."""
     grad_enabled: bool
     inference_mode: bool
     reentrant: bool
@@ -152,6 +152,8 @@ class MemoryFacts:
     """Of the token embeddings looked up in the same pass; None where none of the same width was."""
     loss_change: float | None
     """Loss with the memory tokens permuted, minus the loss; None: not measured."""
+    value_change: float | None
+    """Where that was zero: the change with the tokens scaled and moved; None: not measured."""
     permuted: bool
     """The tokens changed places; False: there were fewer than two, so their sign was changed instead."""
     sample_moved: int | None = None
@@ -293,6 +295,8 @@ class GradientReport:
     backward_ran: bool
     tensors: tuple[TensorGrad, ...]
     """Every trainable tensor."""
+    inference_line: SourceLine | None
+    """Where `torch.inference_mode()` was entered last during the forward."""
     inference_parameters: tuple[str, ...]
     """Parameters that were made under `torch.inference_mode()`."""
     frozen_with_grad: tuple[str, ...]
@@ -308,10 +312,14 @@ class GradientReport:
     step: StepFacts | None
     parallel: ParallelFacts
     error: ErrorFacts | None
+    exception: Exception | None = field(default=None, repr=False, compare=False)
+    """The exception itself, for chaining; without its traceback, which would keep the whole graph alive."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers."""
-        return dataclasses.asdict(self)
+        facts = dataclasses.asdict(dataclasses.replace(self, exception=None))
+        del facts["exception"]
+        return facts
 
     @property
     def some_gradient(self) -> bool:

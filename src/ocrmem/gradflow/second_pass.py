@@ -26,6 +26,7 @@ class SecondPass:
     """What the disturbed forward showed; None where it was not made."""
 
     loss_change: float | None = None
+    value_change: float | None = None
     calls: int | None = None
     permuted: bool = True
     changed_positions_BS: torch.Tensor | None = None
@@ -43,13 +44,16 @@ def disturb(
     memory = [output for path, output in recorder.log.memory if path in target.roots]
     if not target.roots or not memory or memory[0].dim() < 2:
         return SecondPass()
-    permuted = any(output.shape[-2] > 1 for output in memory)
+    permuted = any(not torch.equal(_permute(output), output) for output in memory)
     host = recorder.log.host
     try:
         with _disturbed(target, _permute if permuted else torch.neg) as seen:
             outputs, other = run()
         change = float((other.detach() - loss.detach()).float())
         result = SecondPass(loss_change=change, calls=seen.calls, permuted=permuted)
+        if change == 0:
+            with _disturbed(target, lambda tokens: tokens * 1.5 + 0.1):
+                result.value_change = float((run()[1].detach() - loss.detach()).float())
         if host is not None and seen.embeds is not None and seen.embeds.shape == host.embeds_BSD.shape:
             result.changed_positions_BS = (seen.embeds != host.embeds_BSD).any(dim=-1)
         if memory_samples is not None and len(memory_samples) and memory[0].dim() > 2:

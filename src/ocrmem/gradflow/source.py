@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
@@ -15,6 +16,7 @@ from ocrmem.gradflow.report import SourceLine
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
+_LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
 _CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
 _CONTEXTLIB = str(Path(torch.__file__).parent / "utils" / "_contextlib.py")
 
@@ -24,7 +26,8 @@ class Surroundings:
     """What the frames around an operation tell about it."""
 
     source: SourceLine | None
-    reentrant: bool
+    checkpoint: SourceLine | None
+    """Where the enclosing reentrant checkpoint was called; None outside of one."""
     in_generate: bool
     in_hook: str | None
 
@@ -41,24 +44,43 @@ def source_line(file: str, line: int) -> SourceLine:
 
 
 def surroundings() -> Surroundings:
-    """Look outwards from the caller: the first line outside torch and ocrmem.gradflow, and what encloses it."""
-    source, in_hook = None, None
-    reentrant = in_generate = False
+    """Look outwards from the caller: the user's line, and what encloses it.
+
+    The line is the innermost one in code that is not installed as a library; failing that, the innermost one
+    outside torch.
+    """
+    lines: list[tuple[str, int]] = []
+    in_checkpoint = in_generate = False
+    checkpoint, hooks = None, set()
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
-        if source is None and not _is_ours_or_torch(code.co_filename):
-            source = source_line(code.co_filename, frame.f_lineno)
-            if "/transformers/" in code.co_filename:
-                in_hook = "transformers"
-        if code.co_filename == _CHECKPOINT and code.co_name == "forward":
-            reentrant = True
-        elif code.co_name == "generate" and code.co_filename.endswith("transformers/generation/utils.py"):
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if not _is_ours_or_torch(file):
+            lines.append((file, frame.f_lineno))
+            if in_checkpoint and checkpoint is None:
+                checkpoint = source_line(file, frame.f_lineno)
+        if file == _CHECKPOINT and name == "forward":
+            in_checkpoint = True
+        elif name == "generate" and file.endswith("transformers/generation/utils.py"):
             in_generate = True
-        elif code.co_filename.endswith("accelerate/hooks.py"):
-            in_hook = "accelerate"
+        elif file.endswith("accelerate/hooks.py"):
+            hooks.add("accelerate")
         frame = frame.f_back
-    return Surroundings(source=source, reentrant=reentrant, in_generate=in_generate, in_hook=in_hook)
+    if lines and "/transformers/" in lines[0][0]:
+        hooks.add("transformers")
+    return Surroundings(
+        source=_preferred(lines),
+        checkpoint=checkpoint,
+        in_generate=in_generate,
+        in_hook=min(hooks) if hooks else None,
+    )
+
+
+def _preferred(lines: list[tuple[str, int]]) -> SourceLine | None:
+    """Of lines, innermost first, the first in the user's own code, else the first."""
+    own = next((line for line in lines if not line[0].startswith(_LIBRARIES)), None)
+    chosen = own or (lines[0] if lines else None)
+    return None if chosen is None else source_line(*chosen)
 
 
 def in_reentrant_checkpoint() -> bool:
@@ -68,6 +90,16 @@ def in_reentrant_checkpoint() -> bool:
         if frame.f_code.co_filename == _CHECKPOINT and frame.f_code.co_name == "forward":
             return True
         frame = frame.f_back
+    return False
+
+
+def in_pickling() -> bool:
+    """Whether torch is taking a tensor apart for a pickle, as torch.save and process queues do."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(4):
+        frame = None if frame is None else frame.f_back
+        if frame is not None and frame.f_code.co_name == "_reduce_ex_internal":
+            return True
     return False
 
 
@@ -87,19 +119,19 @@ def grad_switch_line() -> SourceLine | None:
 
 
 def error_place(traceback: TracebackType | None) -> tuple[SourceLine | None, list[nn.Module]]:
-    """Where an error was raised: its innermost line outside torch, and the modules that were running, outermost first."""
-    source = None
+    """Where an error was raised, by the same choice of line, and the modules that were running, outermost first."""
+    lines: list[tuple[str, int]] = []
     modules: list[nn.Module] = []
     while traceback is not None:
         code = traceback.tb_frame.f_code
         if not _is_ours_or_torch(code.co_filename):
-            source = source_line(code.co_filename, traceback.tb_lineno)
+            lines.append((code.co_filename, traceback.tb_lineno))
         elif code.co_name == "_call_impl":
             running = traceback.tb_frame.f_locals.get("self")
             if isinstance(running, nn.Module):
                 modules.append(running)
         traceback = traceback.tb_next
-    return source, modules
+    return _preferred(lines[::-1]), modules
 
 
 def _is_ours_or_torch(file: str) -> bool:

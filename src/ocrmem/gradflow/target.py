@@ -41,7 +41,7 @@ def resolve_target(model: nn.Module, trainable: Trainable | None) -> Target:
     """The tensors that should learn.
 
     Args:
-        model: the model.
+        model: the model, unwrapped.
         trainable: what the caller named; None: every parameter that requires grad.
 
     Raises:
@@ -86,7 +86,7 @@ def _module(model: nn.Module, item: nn.Module | str) -> tuple[str, nn.Module]:
     if ends:
         best = min(ends, key=lambda name: name.count("."))
         return best, paths[best]
-    children = ", ".join(name for name, _ in unwrap(model).named_children()) or "none"
+    children = ", ".join(name for name, _ in model.named_children()) or "none"
     raise ProbeError(
         f"trainable={item!r} is not a module of {type(model).__name__}; its children are: {children}. Give one of "
         "these, or a longer path as model.named_modules() prints it."
@@ -107,11 +107,9 @@ def _roots(model: nn.Module, tensors: Iterable[torch.Tensor]) -> dict[str, nn.Mo
         for name, child in module.named_children():
             visit(f"{path}.{name}".lstrip("."), child)
 
-    inner = unwrap(model)
-    if not wanted.issuperset(id(parameter) for parameter in inner.parameters()):
-        prefix = next((name for name, module in model.named_modules() if module is inner), "")
-        for name, child in inner.named_children():
-            visit(f"{prefix}.{name}".lstrip("."), child)
+    if not wanted.issuperset(id(parameter) for parameter in model.parameters()):
+        for name, child in model.named_children():
+            visit(name, child)
     return roots
 
 

@@ -163,9 +163,8 @@ class ChatFormat:
         if self.merges_turns:
             if turns and turns[0][0] == "assistant":
                 turns.insert(0, ("user", ""))
-            turns = [
-                (role, "\n".join(text for _, text in group)) for role, group in groupby(turns, itemgetter(0))
-            ]
+            groups = groupby(turns, itemgetter(0))
+            turns = [(role, "\n".join(text for _, text in group)) for role, group in groups]
         if system and not self.accepts_system:
             turns = _in_first_user_turn("\n\n".join(system), turns)
         elif system and self.merges_turns:
@@ -196,14 +195,12 @@ class ChatFormat:
 
     def _accepts_system(self) -> bool:
         """Whether a system message is taken, and stays where it is when a reply comes (Mistral moves it)."""
-        messages = [_probe("system", 0), _probe("user", 1)]
-        if not self._shows(messages):
+        system, user, reply = _probe("system", 0), _probe("user", 1), _probe("assistant", 2)
+        if not self._shows([system, user]):
             return False
-        prompt = self.text(messages, add_generation_prompt=True)
-        whole = self.text([*messages, _probe("assistant", 2)], add_generation_prompt=False)
-        return prompt.index(messages[0].content) < prompt.index(messages[1].content) and whole.startswith(
-            prompt
-        )
+        prompt = self.text([system, user], add_generation_prompt=True)
+        whole = self.text([system, user, reply], add_generation_prompt=False)
+        return prompt.index(system.content) < prompt.index(user.content) and whole.startswith(prompt)
 
     def _default_system(self) -> str:
         """The system text that the template writes where a conversation has none; "" if there is none."""
@@ -212,11 +209,10 @@ class ChatFormat:
         system, user = _probe("system", 0), _probe("user", 1)
         without = self.text([user], add_generation_prompt=True)
         before, _, after = self.text([system, user], add_generation_prompt=True).partition(system.content)
-        if len(without) < len(before) + len(after) or not (
-            without.startswith(before) and without.endswith(after)
-        ):
+        length = len(without) - len(before) - len(after)
+        if length < 0 or not without.startswith(before) or not without.endswith(after):
             return ""
-        return without[len(before) : len(without) - len(after)]
+        return without[len(before) : len(before) + length]
 
     def _num_reply_tail(self) -> int:
         """Tokens that the template writes after a reply's end-of-turn token (ChatML: the line break).
@@ -224,9 +220,8 @@ class ChatFormat:
         The LLM never has to generate them, so they are no part of the reply.
         """
         reply = _probe("assistant", 1)
-        ids = self.ids(
-            self.text([_probe("user", 0), reply], add_generation_prompt=False).partition(reply.content)[2]
-        )
+        text = self.text([_probe("user", 0), reply], add_generation_prompt=False)
+        ids = self.ids(text.partition(reply.content)[2])
         special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special.update(self.tokenizer.all_special_ids)
         end = next((i for i, index in enumerate(ids) if index in special), None)

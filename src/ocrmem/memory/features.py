@@ -178,7 +178,7 @@ def encode_pages(
     for begin in range(0, len(todo), batch_size):
         part = todo[begin : begin + batch_size]
         pages = pages_PHW[[index for _, index in part]].to(device)
-        # no_grad and not inference_mode: inference tensors cannot take part in the projection's backward.
+        # Not inference_mode: no tensor of its kind may get out, since no backward can save one.
         with torch.no_grad():
             fresh_PVE = _round(encoder(pages), dtype, encoder.name)
         for (key, _), fresh_VE in zip(part, fresh_PVE, strict=True):

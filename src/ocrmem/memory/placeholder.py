@@ -104,9 +104,8 @@ def escape_placeholder(text: str, token: str) -> str:
     A zero-width space is put after the first character of every literal occurrence of the placeholder. That
     is for the tokenizer alone: pages draw the text as it was written.
     """
-    while (
-        token in text
-    ):  # again, since what an escape leaves may still hold the token where it overlaps itself
+    # More than once, since what an escape leaves may still hold a token that overlaps itself.
+    while token in text:
         text = text.replace(token, token[0] + ZERO_WIDTH_SPACE + token[1:])
     return text
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
@@ -29,13 +28,10 @@ from ocrmem.errors import ConfigError, SpliceError
 from ocrmem.model import adapter
 from ocrmem.model.freeze import check_trainable, freeze
 from ocrmem.model.identity import EncoderIdentity, LLMIdentity
+from ocrmem.model.label_loss import at_positions, label_loss, labelled_positions, logits_at
 from ocrmem.model.projection import Projection
 from ocrmem.model.report import trainable_report
 from ocrmem.model.splice import check_counts, splice
-
-IGNORE_INDEX = -100
-"""Label of a position that has none, as everywhere in transformers."""
-
 
 @dataclass
 class MEMOutput(ModelOutput):
@@ -44,10 +40,10 @@ class MEMOutput(ModelOutput):
     loss: torch.Tensor | None = None
     """Mean cross entropy of the labelled positions, in nats; float32 scalar."""
     logits: torch.Tensor | None = None
-    """[B, K, vocabulary]: with labels, the K positions that predict a label in any sample (`logit_positions`);
-    without, all S, or those that `logits_to_keep` names."""
+    """With labels [N, vocabulary], those of the N positions that predict one (`logit_positions`); without
+    [B, S, vocabulary], or the positions that `logits_to_keep` names."""
     logit_positions: torch.Tensor | None = None
-    """int64 [K]: the sequence positions of `logits`, where labels were given."""
+    """int64 [N, 2]: sample and sequence position of each row of `logits`, where labels were given."""
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
@@ -173,12 +169,8 @@ class MEMModel(PreTrainedModel):
         )
         if position_ids is None and attention_mask is not None and past_key_values is None:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-        positions_K = None
-        if labels is not None:
-            positions_K = labelled_positions(labels)
-            logits_to_keep = positions_K
-        options = {"logits_to_keep": logits_to_keep} if self._takes_logits_to_keep else {}
-        outputs = self.base_llm_model(
+        run_llm = functools.partial(
+            self.base_llm_model,
             inputs_embeds=embeds_BSD,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -187,15 +179,22 @@ class MEMModel(PreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
-            **options,
         )
-        logits = outputs.logits
-        if not self._takes_logits_to_keep and positions_K is not None:
-            logits = logits[:, positions_K]
+        loss, logit_positions = None, None
+        if labels is None:
+            outputs = run_llm(**({"logits_to_keep": logits_to_keep} if self._takes_logits_to_keep else {}))
+            logits = outputs.logits
+        else:
+            index = labelled_positions(labels)
+            with at_positions(self.get_output_embeddings(), index):
+                outputs = run_llm()
+            logits = logits_at(outputs.logits, index, shape_BS=tuple(labels.shape))
+            loss = label_loss(logits, labels, index, num_items_in_batch)
+            logit_positions = torch.stack(index, dim=1)
         result = MEMOutput(
-            loss=None if labels is None else label_loss(logits, labels, positions_K, num_items_in_batch),
+            loss=loss,
             logits=logits,
-            logit_positions=positions_K,
+            logit_positions=logit_positions,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -360,31 +359,3 @@ def embedding_rms(embedding: nn.Module, *, chunk: int = 8192) -> float:
             total += float(embeds.square().sum(dtype=torch.float64))
             count += embeds.numel()
     return (total / count) ** 0.5
-
-
-def labelled_positions(labels_BS: torch.Tensor) -> torch.Tensor:
-    """int64 [K]: positions whose next position has a label in any sample.
-
-    With left padding, replies of a batch end at the same position and K is the longest reply; the vocabulary-wide
-    logits of all other positions are never computed.
-    """
-    return (labels_BS[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(-1)
-
-
-def label_loss(
-    logits_BKC: torch.Tensor,
-    labels_BS: torch.Tensor,
-    positions_K: torch.Tensor | None,
-    num_items_in_batch: torch.Tensor | int | None,
-) -> torch.Tensor:
-    """Cross entropy of the labels that follow the kept positions, in float32; 0 where nothing is labelled."""
-    assert positions_K is not None
-    targets_BK = labels_BS[:, 1:][:, positions_K].to(logits_BKC.device)
-    total = F.cross_entropy(
-        logits_BKC.flatten(0, 1).float(), targets_BK.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets_BK != IGNORE_INDEX).sum().clamp(min=1)
-    if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch

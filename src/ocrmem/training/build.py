@@ -39,7 +39,9 @@ def build_model(config: TrainConfig) -> tuple[MEMModel, MEMProcessor]:
     llm, revision = load_llm(config.llm)
     tokenizer = load_tokenizer(config.llm.name)
     encoder = build_encoder(config.encoder, page=page_settings(config))
-    token, token_id = choose_memory_token(tokenizer, memory_token=config.memory_token)
+    token, token_id = choose_memory_token(
+        tokenizer, memory_token=config.memory_token, vocab_size=llm.get_input_embeddings().weight.shape[0]
+    )
     mem_config = MEMConfig.from_settings(
         encoder=config.encoder,
         page=encoder.page,

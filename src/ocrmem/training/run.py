@@ -81,7 +81,7 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
         arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=MEMCollator(processor.pad_token_id, padding_side="left"),
+        data_collator=MEMCollator(processor.pad_token_id),
         feature_store=feature_store(config),
         callbacks=list(callbacks),
     )

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from ocrmem.errors import CheckpointError, ConfigError
+from ocrmem.errors import CheckpointError, ConfigError, TrainingError
 from ocrmem.files import fsync
 from ocrmem.memory.features import FeatureStore, encode_pages
 from ocrmem.model.adapter import load_projection
@@ -27,6 +27,28 @@ from ocrmem.model.mem_model import MEMModel
 
 INCOMPLETE = "incomplete"
 """Folder inside the run's in which a checkpoint is written before it is moved to its place."""
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Ends a run whose gradients are no numbers, before a step with them ruins the projection.
+
+    Trainer itself goes on: it logs such losses as 0.0, and AdamW turns every weight into NaN for good.
+    """
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: MEMModel, **_: Any
+    ) -> None:
+        """Check all gradients of the projection; one small reduction a step."""
+        if args.fp16:  # its gradient scaler meets infinite gradients on purpose, and skips them
+            return
+        grads = [parameter.grad for parameter in model.proj.parameters() if parameter.grad is not None]
+        if grads and not bool(torch.isfinite(torch.nn.utils.get_total_norm(grads))):
+            raise TrainingError(
+                f"the gradient of the projection is not finite at step {state.global_step + 1}, so the run was stopped "
+                "before that step. Start the same command again to go on from the last checkpoint, with a lower "
+                "training.learning_rate, llm.dtype=float32, or llm.attn_implementation=eager; batches must be padded "
+                "on the right."
+            )
 
 
 class MEMTrainer(Trainer):
@@ -40,6 +62,7 @@ class MEMTrainer(Trainer):
         feature_store: cache of encoder features; None: every page is encoded each time it is met.
 
     Raises:
+        TrainingError: while training, the gradient is not finite.
         ConfigError: several GPUs in one process, which would split a batch's pages wrongly.
         FrozenPartError: something other than the projection would learn, or the projection would not.
     """
@@ -72,7 +95,7 @@ class MEMTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=data_collator,
-            callbacks=callbacks,
+            callbacks=[StopOnNonFinite(), *(callbacks or [])],
         )
         self.feature_store = feature_store
         self._feature_dtype = getattr(torch, model.config.memory_settings.feature_dtype)

@@ -1,0 +1,1 @@
+def path_tree(report, explanation): return ""

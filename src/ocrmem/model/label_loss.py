@@ -1,0 +1,74 @@
+"""Cross entropy at the labelled positions only.
+
+The logits of all positions are the largest tensor of a training step (a vocabulary of 151,936 times every position, in
+float32), and only those that predict a label are needed. Hidden states are therefore gathered in front of the LLM's
+own output layer, by a hook on it: whatever the LLM does to its logits afterwards (Gemma's soft cap, Granite's scale)
+stays the LLM's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IGNORE_INDEX = -100
+"""Label of a position that has none, as everywhere in transformers."""
+
+
+def labelled_positions(labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sample, position), each int64 [N]: the positions whose next position has a label."""
+    samples_N, positions_N = (labels_BS[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return samples_N, positions_N
+
+
+@contextmanager
+def at_positions(output_layer: nn.Module | None, index: tuple[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+    """While open, `output_layer` sees hidden states [1, N, D] of the N positions in place of [B, S, D]."""
+
+    def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_BSD, *rest = arguments
+        return (hidden_BSD[index][None], *rest)
+
+    if output_layer is None:
+        yield
+        return
+    handle = output_layer.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def logits_at(
+    logits: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], *, shape_BS: tuple[int, ...]
+) -> torch.Tensor:
+    """Logits [N, C] of the positions, for an LLM whose output layer was called as a module and for one without."""
+    if tuple(logits.shape[:2]) == shape_BS and shape_BS != (1, index[0].shape[0]):
+        return logits[index]
+    return logits[0]
+
+
+def label_loss(
+    logits_NC: torch.Tensor,
+    labels_BS: torch.Tensor,
+    index: tuple[torch.Tensor, torch.Tensor],
+    num_items_in_batch: torch.Tensor | int | None,
+) -> torch.Tensor:
+    """Cross entropy of the labels that follow the positions, in float32; 0 where nothing is labelled.
+
+    Args:
+        num_items_in_batch: divisor of the sum; None: the number of positions.
+    """
+    samples_N, positions_N = index
+    targets_N = labels_BS[samples_N, positions_N + 1].to(logits_NC.device)
+    total = F.cross_entropy(logits_NC.float(), targets_N, reduction="sum")
+    if num_items_in_batch is None:
+        num_items_in_batch = max(1, targets_N.shape[0])
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
