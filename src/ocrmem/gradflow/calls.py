@@ -76,6 +76,16 @@ class CallLog:
         """Path of the module that runs now."""
         return self._open[-1].path if self._open else ""
 
+    @property
+    def begun(self) -> int:
+        """Calls begun so far."""
+        return self._count
+
+    @property
+    def depth(self) -> int:
+        """Calls that run now."""
+        return len(self._open)
+
     def calls(self) -> tuple[ModuleCall, ...]:
         """All calls, in the order in which they began."""
         done = [self._done[index] for index in sorted(self._done)]

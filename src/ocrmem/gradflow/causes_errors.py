@@ -190,7 +190,7 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         id="fsdp1-mixed-flat", table="E", title="FSDP1 with use_orig_params=False over frozen and trainable tensors",
         mend="pass use_orig_params=True, or use FSDP2 (fully_shard).",
-        find=_matching(r"Must flatten tensors with uniform requires_grad", "FSDP1 flattens frozen and trainable tensors into one, which cannot be half trainable."),
+        find=_matching(r"Must flatten tensors with uniform `?requires_grad", "FSDP1 flattens frozen and trainable tensors into one, which cannot be half trainable."),
     ),
     Cause(
         id="ddp-reentrant-twice", table="E", title="reentrant checkpoint under DDP",

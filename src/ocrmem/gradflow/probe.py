@@ -181,7 +181,7 @@ def _first_pass(
         this.in_graph = measure.leaves_of(this.loss)
     this.mine = _rank_facts(this, target, recorder, ranks.rank)
     facts = tuple(ranks.gather(this.mine))
-    this.backward_skipped = would_hang(facts) or this.places is not None
+    this.backward_skipped = would_hang(facts, find_unused=ranks.find_unused) or this.places is not None
     if this.loss is not None and this.error is None and not this.backward_skipped:
         this.phase = "backward"
         try:

@@ -94,12 +94,13 @@ class Ranks:
             raise CollectivesDiffer(places)
 
 
-def would_hang(ranks: tuple[RankFacts, ...]) -> bool:
-    """Whether a backward would leave some process waiting: not all of them have a gradient to reduce."""
+def would_hang(ranks: tuple[RankFacts, ...], *, find_unused: bool | None) -> bool:
+    """Whether a backward would leave some process waiting: not all of them have the same gradients to reduce."""
     if len(ranks) < 2:
         return False
     able = {fact.loss_requires_grad and fact.error is None for fact in ranks}
-    reaching = {bool(fact.reached) for fact in ranks}
+    # DDP without find_unused_parameters waits for every single tensor, otherwise for a process's first one.
+    reaching = {fact.reached if find_unused is False else bool(fact.reached) for fact in ranks}
     return len(able) > 1 or len(reaching) > 1
 
 

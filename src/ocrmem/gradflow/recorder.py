@@ -291,6 +291,8 @@ class Recorder(TorchFunctionMode):
                 reentrant=around.checkpoint is not None,
                 in_generate=around.in_generate,
                 in_hook=around.in_hook,
+                position=self.log.begun,
+                depth=self.log.depth,
                 num_elements=num_elements,
                 slots=slots,
                 in_place=in_place,

@@ -106,6 +106,10 @@ class Event:
     """Inside transformers' `generate`."""
     in_hook: str | None
     """`accelerate` inside accelerate's device hooks, `transformers` where transformers' own code did it."""
+    position: int
+    """How many module calls had begun; places the event among the calls."""
+    depth: int
+    """How many module calls enclose it."""
     num_elements: int
     """Elements of the tensor computed from the trainable ones."""
     slots: int | None = None
