@@ -30,7 +30,11 @@ class Result:
     def right(self) -> bool:
         """Cause, verdict and warning are as the case says."""
         warned = self.case.warning is None or self.case.warning in {w.id for w in self.explanation.warnings}
-        return self.explanation.cause == self.case.cause and self.explanation.verdict == self.case.verdict and warned
+        return (
+            self.explanation.cause == self.case.cause
+            and self.explanation.verdict == self.case.verdict
+            and warned
+        )
 
 
 def available(case: Case) -> bool:

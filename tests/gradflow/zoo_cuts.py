@@ -169,7 +169,9 @@ def no_memory_and_reentrant_checkpointing(mended: bool = False) -> Subject:
     model = Composite()
     layer = model.llm.model.layers[0]
     inner = layer.forward
-    layer.forward = lambda hidden, **kwargs: checkpoint(lambda h: inner(h, **kwargs), hidden, use_reentrant=True)
+    layer.forward = lambda hidden, **kwargs: checkpoint(
+        lambda h: inner(h, **kwargs), hidden, use_reentrant=True
+    )
     return subject(model, batch(images=mended))
 
 
@@ -208,7 +210,9 @@ def reentrant_projection(mended: bool = False) -> Subject:
 def reentrant_encoder_and_projection(mended: bool = False) -> Subject:
     class Model(Composite):
         def encode(self, images):
-            return checkpoint(lambda pixels: self.proj(self.encoder(pixels)), images, use_reentrant=not mended)
+            return checkpoint(
+                lambda pixels: self.proj(self.encoder(pixels)), images, use_reentrant=not mended
+            )
 
         def project(self, features):
             return features
@@ -366,7 +370,9 @@ def written_into_embedding_weight(mended: bool = False) -> Subject:
         def forward(self, input_ids, labels, images):
             memory = self.project(self.encode(images[:1]))
             if mended:
-                embeds = torch.cat([memory.expand(len(input_ids), -1, -1), self.embed(input_ids)[:, TOKENS:]], dim=1)
+                embeds = torch.cat(
+                    [memory.expand(len(input_ids), -1, -1), self.embed(input_ids)[:, TOKENS:]], dim=1
+                )
                 return self.llm(inputs_embeds=embeds, labels=labels)
             with torch.no_grad():
                 self.llm.get_input_embeddings().weight[:TOKENS] = memory[0]
@@ -394,5 +400,16 @@ def custom_function_marked_non_differentiable(mended: bool = False) -> Subject:
     class Model(Composite):
         def splice(self, memory, embeds):
             return super().splice(Quantise.apply(memory), embeds)
+
+    return subject(Model())
+
+
+@case("operation-under-no-grad", table="A")
+def scaled_under_no_grad(mended: bool = False) -> Subject:
+    class Model(Composite):
+        def splice(self, memory, embeds):
+            with torch.set_grad_enabled(mended):
+                memory = memory * embeds.std()
+            return super().splice(memory, embeds)
 
     return subject(Model())

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from ocrmem.gradflow.doctor import Subject
 
@@ -59,9 +66,18 @@ def case(
 
     def register(make: Callable[..., Subject]) -> Callable[..., Subject]:
         name = make.__name__
-        assert name not in CASES, f"two cases are called {name}"
+        there = CASES.get(name)  # the doctor imports a zoo file a second time when it is its target
+        assert there is None or there.make.__code__.co_filename == make.__code__.co_filename, (
+            f"two cases: {name}"
+        )
         CASES[name] = Case(
-            name=name, table=table, cause=cause, verdict=verdict or usual, warning=warning, needs=needs, make=make
+            name=name,
+            table=table,
+            cause=cause,
+            verdict=verdict or usual,
+            warning=warning,
+            needs=needs,
+            make=make,
         )
         return make
 
@@ -71,14 +87,33 @@ def case(
 def tiny_llm(kind: str = "qwen3", **settings: Any) -> Any:
     """A random two-layer causal LM, frozen."""
     torch.manual_seed(0)
-    common = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     if kind == "gpt2":
         llm: Any = GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+            GPT2Config(
+                vocab_size=VOCABULARY,
+                n_embd=WIDTH,
+                n_layer=2,
+                n_head=4,
+                resid_pdrop=0,
+                embd_pdrop=0,
+                attn_pdrop=0,
+            )
         )
     else:
-        config, model = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
-        extra = {"intermediate_size": 96, "num_key_value_heads": 2, **({"head_dim": 16} if kind == "qwen3" else {})}
+        config, model = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[
+            kind
+        ]
+        extra = {
+            "intermediate_size": 96,
+            "num_key_value_heads": 2,
+            **({"head_dim": 16} if kind == "qwen3" else {}),
+        }
         llm = model(config(**common, **extra, **settings))
     return llm.requires_grad_(False).train()
 
@@ -183,4 +218,6 @@ def batch(*, images: bool = True, samples: int = 2) -> dict[str, torch.Tensor]:
 
 def subject(model: nn.Module, data: Any = None, **settings: Any) -> Subject:
     """The usual subject: the projection should learn."""
-    return Subject(**{"model": model, "batch": batch() if data is None else data, "trainable": "proj", **settings})
+    return Subject(
+        **{"model": model, "batch": batch() if data is None else data, "trainable": "proj", **settings}
+    )

@@ -42,11 +42,15 @@ class Scenario:
 SCENARIOS: dict[str, Scenario] = {}
 
 
-def scenario(cause: str | None, verdict: str = "hangs") -> Callable[[Callable[[int], Subject]], Callable[[int], Subject]]:
+def scenario(
+    cause: str | None, verdict: str = "hangs"
+) -> Callable[[Callable[[int], Subject]], Callable[[int], Subject]]:
     """Register a scenario; None: healthy."""
 
     def register(make: Callable[[int], Subject]) -> Callable[[int], Subject]:
-        SCENARIOS[make.__name__] = Scenario(cause=cause, verdict="healthy" if cause is None else verdict, make=make)
+        SCENARIOS[make.__name__] = Scenario(
+            cause=cause, verdict="healthy" if cause is None else verdict, make=make
+        )
         return make
 
     return register
@@ -92,7 +96,9 @@ def data_of(rank: int) -> dict[str, torch.Tensor]:
     return batch(images=rank == 0)
 
 
-def ddp(model: nn.Module, rank: int, *, find_unused: bool = False, data: Any = None, trainable: Any = "proj") -> Subject:
+def ddp(
+    model: nn.Module, rank: int, *, find_unused: bool = False, data: Any = None, trainable: Any = "proj"
+) -> Subject:
     wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
     return Subject(model=wrapped, batch=data_of(rank) if data is None else data, trainable=trainable)
 
@@ -189,7 +195,11 @@ def work(rank: int, folder: str) -> None:
         made = make_subject(lambda case=case: case.make(rank), target=name)
         report = made if isinstance(made, GradientReport) else made.examine()
         explanation = explain(report)
-        results[name] = {"cause": explanation.cause, "verdict": explanation.verdict, "sentence": explanation.sentence}
+        results[name] = {
+            "cause": explanation.cause,
+            "verdict": explanation.verdict,
+            "sentence": explanation.sentence,
+        }
     Path(folder, f"rank{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()
 
@@ -207,7 +217,9 @@ def main() -> int:
     wrong = 0
     print(f"{'scenario':40} {'expected':26} {'rank 0':26} {'rank 1':26}")
     for name, case in SCENARIOS.items():
-        good = all(r[name]["cause"] == case.cause and r[name]["verdict"] == case.verdict for r in (first, second))
+        good = all(
+            r[name]["cause"] == case.cause and r[name]["verdict"] == case.verdict for r in (first, second)
+        )
         wrong += not good
         named = [result[name]["cause"] or result[name]["verdict"] for result in (first, second)]
         print(f"{name:40} {case.cause or 'healthy':26} {named[0]:26} {named[1]:26}{'' if good else '  <--'}")

@@ -7,7 +7,18 @@ import io
 
 import torch
 from torch import nn
-from zoo_parts import TOKENS, Composite, InPlace, Projection, RenamedProjection, batch, case, subject, tiny_llm
+from zoo_parts import (
+    FEATURES,
+    TOKENS,
+    Composite,
+    InPlace,
+    Projection,
+    RenamedProjection,
+    batch,
+    case,
+    subject,
+    tiny_llm,
+)
 
 from ocrmem.gradflow.doctor import Subject
 
@@ -226,7 +237,9 @@ def all_labels_ignored(mended: bool = False) -> Subject:
 @case("no-labels", table="C")
 def answer_truncated(mended: bool = False) -> Subject:
     length = 9 if mended else 6
-    return subject(Composite(), {key: value[:, :length] if key != "images" else value for key, value in batch().items()})
+    return subject(
+        Composite(), {key: value[:, :length] if key != "images" else value for key, value in batch().items()}
+    )
 
 
 @case("labels-lost-to-shift", table="C")
@@ -405,3 +418,13 @@ def division_by_zero(mended: bool = False) -> Subject:
     return subject(Model())
 
 
+@case("anchored-batch", table="C", verdict="undecided")
+def anchored_batch_without_memory(mended: bool = False) -> Subject:
+    class Model(Composite):
+        def forward(self, input_ids, labels, images=None):
+            outputs = super().forward(input_ids, labels, images)
+            if images is None:
+                outputs.loss = outputs.loss + 0 * self.proj(torch.zeros(1, 1, FEATURES)).sum()
+            return outputs
+
+    return subject(Model(), batch(images=mended))

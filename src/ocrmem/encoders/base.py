@@ -93,7 +93,8 @@ class OCREncoder(nn.Module, ABC):
     def identity(self) -> str:
         """Hex digest of everything that decides the features: name, settings, weights and their dtype.
 
-        The feature cache is keyed by it, and an adapter records it.
+        The feature cache is keyed by it, and an adapter records it. It is computed anew at each call (a second or
+        two for 400 million weights), so that it never tells of weights that have changed; keep it.
         """
 
     def weights_digest(self) -> str:

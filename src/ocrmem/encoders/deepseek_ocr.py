@@ -12,7 +12,6 @@ On a page of 1,024 × 1,024 pixels SAM sees 64 × 64 patches and g is 16: 256 to
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -75,7 +74,6 @@ class DeepSeekOCREncoder(OCREncoder):
         folder = resolve(checkpoint)
         load_strictly(self.sam_model, folder, prefix="model.sam_model.")
         load_strictly(self.vision_model, folder, prefix="model.vision_model.", unused=UNUSED_CLIP_TENSORS)
-        self.__dict__.pop("_identity", None)
 
     @property
     def feature_width(self) -> int:
@@ -120,10 +118,6 @@ class DeepSeekOCREncoder(OCREncoder):
         return spans
 
     def identity(self) -> str:
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> str:
         head = f"{self.name} {self.features} {self.page.page_width}"
         return hashlib.sha256(f"{head} {self.weights_digest()}".encode()).hexdigest()
 

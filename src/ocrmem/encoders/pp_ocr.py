@@ -9,7 +9,6 @@ pages_PHW ─▶ lines [P·L, 3, 48, W] in [-1, 1] ─▶ PPLCNetV4 + SVTR ─�
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -70,7 +69,6 @@ class PPOCREncoder(OCREncoder):
         weights = OnnxWeights(resolve(checkpoint or DEFAULT_CHECKPOINT))
         load_onnx(self.recogniser, weights)
         self._characters = weights.characters
-        self.__dict__.pop("_identity", None)
 
     @property
     def feature_width(self) -> int:
@@ -92,6 +90,8 @@ class PPOCREncoder(OCREncoder):
     def line_features(self, lines_LHW: torch.Tensor) -> torch.Tensor:
         """Raw features [L, W/8, 120] of uint8 lines [L, 48, W], just before the CTC head."""
         dtype = self.recogniser.dtype
+        if len(lines_LHW) == 0:
+            return torch.zeros(0, lines_LHW.shape[2] // STEP_WIDTH, STEP_FEATURES, dtype=dtype, device=lines_LHW.device)
         pixels = (lines_LHW.to(dtype) / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         return self.recogniser.head.encoder(self.recogniser.model(pixels).last_hidden_state).last_hidden_state
@@ -115,11 +115,11 @@ class PPOCREncoder(OCREncoder):
         offsets, boxes = page.glyph_offsets_N, page.glyph_boxes_N4
         if len(offsets) == 0:
             return spans
-        ends = np.append(offsets[1:], page.text_end)
-        token_width = STEP_WIDTH * self.steps_per_token
-        columns = (boxes[:, 0] + boxes[:, 2]) // 2 // token_width
-        rows = boxes[:, 1] // LINE_HEIGHT
-        for token, start, end in zip((rows * self.tokens_per_line + columns).tolist(), offsets.tolist(), ends.tolist(), strict=True):
+        starts, ends = np.append(page.text_start, offsets[1:]), np.append(offsets[1:], page.text_end)
+        columns = (boxes[:, 0] + boxes[:, 2]) // 2 // (STEP_WIDTH * self.steps_per_token)
+        columns = np.minimum(columns, self.tokens_per_line - 1)  # spaces hanging over the margin
+        tokens = boxes[:, 1] // LINE_HEIGHT * self.tokens_per_line + columns
+        for token, start, end in zip(tokens.tolist(), starts.tolist(), ends.tolist(), strict=True):
             span = spans[token]
             if span and span[-1][1] == start:
                 span[-1] = (span[-1][0], end)
@@ -128,10 +128,6 @@ class PPOCREncoder(OCREncoder):
         return spans
 
     def identity(self) -> str:
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> str:
         head = f"{self.name} {self.steps_per_token} {FEATURE_STD}"
         return hashlib.sha256(f"{head} {self.weights_digest()}".encode()).hexdigest()
 

@@ -85,10 +85,6 @@ class OnnxWeights:
 def _read(path: Path) -> Any:
     try:
         return onnx.load(path)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"PP-OCR weights {str(path)!r} do not exist; give PP-OCRv6_rec_small.onnx, or leave the checkpoint out."
-        ) from None
     except (OSError, DecodeError, ValueError, IsADirectoryError) as error:
         raise CheckpointError(
             f"PP-OCR weights {str(path)!r} are truncated or no ONNX file ({error}); fetch them again with "

@@ -1,7 +1,7 @@
 """Says what cuts a gradient, where, and the mend; works on any `torch.nn.Module`.
 
-    report = verify_gradient_flow(model, batch, trainable="proj")
-    print(explain(report))
+report = verify_gradient_flow(model, batch, trainable="proj")
+print(explain(report))
 """
 
 from typing import TYPE_CHECKING, Any

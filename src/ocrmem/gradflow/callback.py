@@ -94,7 +94,12 @@ class GradientFlowCallback(TrainerCallback):
             for batch in batches:
                 prepared = _to_device(batch, args.device) if self._prepare is None else self._prepare(batch)
                 self.report = verify_gradient_flow(
-                    model, prepared, self._trainable, self._loss_fn, optimizer=optimizer, dropped_columns=dropped
+                    model,
+                    prepared,
+                    self._trainable,
+                    self._loss_fn,
+                    optimizer=optimizer,
+                    dropped_columns=dropped,
                 )
                 self.explanation = explain(self.report)
                 if self.explanation.cause not in ASK_ANOTHER_BATCH:
@@ -132,7 +137,9 @@ class GradientFlowCallback(TrainerCallback):
         """Take the hook away."""
         self._unhook()
 
-    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         if not model.training or not torch.is_grad_enabled():
             return
         loss = output.get("loss") if isinstance(output, Mapping) else None
@@ -161,7 +168,9 @@ class GradientFlowCallback(TrainerCallback):
 class ExplainedTrainer(Trainer):
     """`Trainer` whose errors about gradients come explained, whatever step they come in."""
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         """As Trainer's; a RuntimeError of a known kind becomes a `GradientFlowError`, the original chained."""
         kept = dict(inputs)
         try:
@@ -178,7 +187,7 @@ class ExplainedTrainer(Trainer):
 
 
 def find_error_cause_of(error: Exception) -> str | None:
-    """"bare" for the bare RuntimeError, "known" for the other texts that the doctor knows, else None."""
+    """ "bare" for the bare RuntimeError, "known" for the other texts that the doctor knows, else None."""
     facts = report_of_error(error, phase="backward").error
     return None if facts is None else find_error_cause(facts)
 
@@ -215,7 +224,9 @@ def _dropped_columns(dataloader: Any) -> tuple[str, ...]:
 def _to_device(batch: Any, device: torch.device) -> Any:
     if not isinstance(batch, Mapping):
         return batch
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+    }
 
 
 @contextmanager

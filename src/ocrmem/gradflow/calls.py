@@ -89,9 +89,7 @@ class CallLog:
     def calls(self) -> tuple[ModuleCall, ...]:
         """All calls, in the order in which they began."""
         done = [self._done[index] for index in sorted(self._done)]
-        return tuple(
-            replace(entry.call, finite=entry.finite is None or bool(entry.finite)) for entry in done
-        )
+        return tuple(replace(entry.call, finite=entry.finite is None or bool(entry.finite)) for entry in done)
 
     def path_of(self, module: nn.Module) -> str:
         """Name of a module; one that the model does not register is looked for in lists and dictionaries."""
@@ -108,14 +106,15 @@ class CallLog:
         self._registered = registered
         handles = [
             register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
+            register_module_forward_hook(self._after, with_kwargs=True),
         ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self._open.clear()
+            while self._open:  # calls that an exception left open
+                self._close(self._open.pop(), (), {}, None)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         was_busy, self.busy = self.busy, True
@@ -133,7 +132,9 @@ class CallLog:
         self._count += 1
         self.busy = was_busy
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
         was_busy, self.busy = self.busy, True
         try:
             while self._open:
@@ -141,6 +142,7 @@ class CallLog:
                 if entry.module is module:
                     self._close(entry, args, kwargs, output)
                     break
+                self._close(entry, (), {}, None)  # it raised, and the model caught that
         finally:
             self.busy = was_busy
 

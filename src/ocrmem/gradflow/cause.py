@@ -65,8 +65,11 @@ def gradient_missing(report: GradientReport) -> bool:
 
 def gradient_zero(report: GradientReport) -> bool:
     """The backward ran, and what arrived is exactly zero."""
-    return report.backward_ran and report.error is None and "zero" in report.states and not (
-        report.states & {"finite", "non-finite"}
+    return (
+        report.backward_ran
+        and report.error is None
+        and "zero" in report.states
+        and not (report.states & {"finite", "non-finite"})
     )
 
 

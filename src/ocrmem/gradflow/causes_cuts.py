@@ -30,7 +30,9 @@ def _grad_mode_leaked(report: GradientReport) -> Finding | None:
         return None
     if not report.grad_enabled_at_start:
         mode = "inference mode was on" if report.inference_mode_at_start else "grad mode was off"
-        return Finding(sentence=f"{mode} before the forward began; something switched it and did not switch it back.")
+        return Finding(
+            sentence=f"{mode} before the forward began; something switched it and did not switch it back."
+        )
     if report.grad_mode_leak is not None:
         return Finding(
             sentence="the forward switches grad mode off and never on again, so every later step is cut too.",
@@ -63,7 +65,9 @@ def _peft_froze(report: GradientReport) -> Finding | None:
 
 
 def _frozen(report: GradientReport) -> bool:
-    return report.named and bool(report.tensors) and not any(tensor.requires_grad for tensor in report.tensors)
+    return (
+        report.named and bool(report.tensors) and not any(tensor.requires_grad for tensor in report.tensors)
+    )
 
 
 def _projection_frozen(report: GradientReport) -> Finding | None:
@@ -77,7 +81,12 @@ def _projection_frozen(report: GradientReport) -> Finding | None:
 
 
 def _nothing_trainable(report: GradientReport) -> Finding | None:
-    if report.tensors or report.error is not None and not gradient_missing(report) and report.loss_requires_grad:
+    if (
+        report.tensors
+        or report.error is not None
+        and not gradient_missing(report)
+        and report.loss_requires_grad
+    ):
         return None
     if not report.calls:
         return None
@@ -160,7 +169,9 @@ def _enable_grad_inside(report: GradientReport) -> Finding | None:
     end = _grad_off(report)
     if end is None or not (end.inference_mode and end.grad_enabled):
         return None
-    return at_region(end, "torch.enable_grad() inside torch.inference_mode() does not bring the gradient back.")
+    return at_region(
+        end, "torch.enable_grad() inside torch.inference_mode() does not bring the gradient back."
+    )
 
 
 def _outermost_without_grad(report: GradientReport, path: str) -> str | None:
@@ -184,7 +195,9 @@ def _generate(report: GradientReport) -> Finding | None:
     end = _grad_off(report)
     if end is None or not end.in_generate:
         return None
-    return at_event(end, "the loss is made of what generate() returned, and generate() runs under torch.no_grad().")
+    return at_event(
+        end, "the loss is made of what generate() returned, and generate() runs under torch.no_grad()."
+    )
 
 
 def _projection_without_grad(inference: bool):
@@ -197,7 +210,9 @@ def _projection_without_grad(inference: bool):
             if inside or part_of(end.module, path):
                 mode = "torch.inference_mode()" if inference else "torch.no_grad()"
                 return Finding(
-                    sentence=f"`{path}` itself runs under {mode}.", module=path, source=end.region or end.source
+                    sentence=f"`{path}` itself runs under {mode}.",
+                    module=path,
+                    source=end.region or end.source,
                 )
         return None
 
@@ -251,7 +266,9 @@ def _loss_made_leaf(report: GradientReport) -> Finding | None:
     if made is None or report.some_gradient or not gradient_missing(report):
         return None
     below = "" if report.end is None or report.end is made else f" What cut it before: {_place(report.end)}."
-    return at_event(made, f"requires_grad was set on the loss itself: the backward runs, and ends there.{below}")
+    return at_event(
+        made, f"requires_grad was set on the loss itself: the backward runs, and ends there.{below}"
+    )
 
 
 def _made_leaf_after_detach(report: GradientReport) -> Finding | None:
@@ -280,7 +297,9 @@ def _no_derivative(report: GradientReport) -> Finding | None:
     if end is None or end.kind != "no-derivative" or not gradient_missing(report):
         return None
     if not end.grad_enabled:
-        return at_event(end, f"a custom autograd function ({end.op} in it) gives an output without a gradient.")
+        return at_event(
+            end, f"a custom autograd function ({end.op} in it) gives an output without a gradient."
+        )
     return at_event(end, f"{end.op} gives an output without a gradient.")
 
 
@@ -310,14 +329,19 @@ def _result_discarded(report: GradientReport) -> Finding | None:
     lost = next((e for e in report.events_of("splice") if not e.used and not e.in_place), None)
     if lost is None or not _never_spliced(report):
         return None
-    return at_event(lost, f"the result of {lost.op} is thrown away: it returns a new tensor and leaves the old one as it was.")
+    return at_event(
+        lost,
+        f"the result of {lost.op} is thrown away: it returns a new tensor and leaves the old one as it was.",
+    )
 
 
 def _into_copy(report: GradientReport) -> Finding | None:
     event = next(iter(report.events_of("write-into-copy")), None)
     if event is None or not _never_spliced(report):
         return None
-    return at_event(event, "memory is written into a copy: embeds[mask] makes one, and the embeddings stay as they were.")
+    return at_event(
+        event, "memory is written into a copy: embeds[mask] makes one, and the embeddings stay as they were."
+    )
 
 
 def _memory_unused(report: GradientReport) -> Finding | None:
@@ -392,10 +416,7 @@ CAUSES: tuple[Cause, ...] = (
           find=_made_leaf_after_detach),
     Cause(id="wrapped-in-parameter", table="C", title="nn.Parameter(memory)",
           mend="use the projection's output itself; nn.Parameter starts a new graph.",
-          find=_ends_with("leaf", "memory is wrapped in nn.Parameter, which is a new leaf (first used here): the backward ends there.", ops=frozenset({"Parameter"}))),
-    Cause(id="memory-made-leaf", table="C", title="memory turned into a leaf",
-          mend="use the projection's output itself.",
-          find=_ends_with("leaf", "the memory's values were given to a new leaf (first used here): the backward ends there.")),
+          find=_ends_with("leaf", "memory is wrapped in nn.Parameter or alike, which is a new leaf (first used here): the backward ends there.")),
     Cause(id="numpy-round-trip", table="A", title="memory through numpy",
           mend="stay in torch between the projection and the loss.",
           find=_left("left-torch", frozenset({"numpy", "__array__", "__dlpack__"}), "memory leaves torch by {op}(), where no gradient can follow.")),
@@ -430,4 +451,3 @@ CAUSES: tuple[Cause, ...] = (
           find=_memory_unused),
 )  # fmt: skip
 """From special to general."""
-

@@ -73,18 +73,20 @@ def _unused(report: GradientReport) -> Finding | None:
     )
 
 
-_ANCHOR = "anchor a batch without memory: loss + 0 * proj(dummy).sum(); under FSDP add it to inputs_embeds instead."
+_ANCHOR = (
+    "anchor a batch without memory: loss + 0 * proj(dummy).sum(); under FSDP add it to inputs_embeds instead."
+)
 
 CAUSES: tuple[Cause, ...] = (
     Cause(id="ranks-gather-differently", table="E", title="FSDP2: the processes run different modules",
           mend="run the projection on every rank and in the same place: inputs_embeds + 0 * proj(encoder(dummy)).sum().",
           find=_collectives),
+    Cause(id="rank-raised", table="E", title="one process failed", mend="mend that process's error first.",
+          find=_rank_raised),
     Cause(id="rank-outside-graph", table="E", title="DDP with an input-grad hook, one rank without memory",
           mend=_ANCHOR, find=_outside_graph),
     Cause(id="rank-without-memory", table="E", title="DDP, one rank without memory", mend=_ANCHOR,
           find=_rank_without_memory),
-    Cause(id="rank-raised", table="E", title="one process failed", mend="mend that process's error first.",
-          find=_rank_raised),
     Cause(id="ddp-unused-parameters", table="E", title="DDP, a rank that uses fewer trainable tensors",
           mend="pass find_unused_parameters=True, or anchor: loss + 0 * proj(dummy).sum().", find=_unused),
 )  # fmt: skip

@@ -24,14 +24,16 @@ KEPT_BY_STEP = 0.5
 
 def _no_labels(report: GradientReport) -> Finding | None:
     labels = report.labels
-    if labels is None or labels.given or labels.in_loss or (report.loss is not None and math.isfinite(report.loss)):
+    if labels is None or labels.given or labels.in_loss or report.some_gradient:
         return None
-    return Finding(sentence="no position of the batch is labelled (all labels are -100, or the answer was truncated away), so the loss is NaN.")
+    return Finding(
+        sentence="no position of the batch is labelled: all labels are -100, or the answer was truncated away."
+    )
 
 
 def _lost_to_shift(report: GradientReport) -> Finding | None:
     labels = report.labels
-    if labels is None or not labels.given or labels.after_shift or labels.in_loss:
+    if labels is None or not labels.given or labels.after_shift or labels.in_loss or report.some_gradient:
         return None
     return Finding(
         sentence=f"the only labelled position of each sample is position 0 ({labels.given} labels); the shift drops it, "
@@ -42,14 +44,19 @@ def _lost_to_shift(report: GradientReport) -> Finding | None:
 def _pre_shifted(report: GradientReport) -> Finding | None:
     if report.labels is None or not report.labels.pre_shifted:
         return None
-    return Finding(sentence="labels are already moved one to the left, and the model moves them once more: it learns the token after the next.")
+    return Finding(
+        sentence="labels are already moved one to the left, and the model moves them once more: it learns the token after the next."
+    )
 
 
 def _matched_nothing(report: GradientReport) -> Finding | None:
     empty = next((event for event in report.events_of("splice") if event.slots == 0), None)
     if empty is None or not gradient_zero(report):
         return None
-    return at_event(empty, f"the mask of {empty.op} is all False: the batch has no placeholder of the id that is looked for.")
+    return at_event(
+        empty,
+        f"the mask of {empty.op} is all False: the batch has no placeholder of the id that is looked for.",
+    )
 
 
 def _empty_memory(report: GradientReport) -> Finding | None:
@@ -57,9 +64,13 @@ def _empty_memory(report: GradientReport) -> Finding | None:
         return None
     event = next(iter(report.events_of("empty")), None)
     if report.memory.calls and not report.memory.num_tokens:
-        return Finding(sentence=f"{memory_name(report)} ran on no tokens at all; cat with an empty memory changes nothing.",
-                       module=report.memory.module)
-    return None if event is None else at_event(event, "nothing of the memory is left here: the slice is empty.")
+        return Finding(
+            sentence=f"{memory_name(report)} ran on no tokens at all; cat with an empty memory changes nothing.",
+            module=report.memory.module,
+        )
+    return (
+        None if event is None else at_event(event, "nothing of the memory is left here: the slice is empty.")
+    )
 
 
 def _rounded(report: GradientReport) -> Finding | None:
@@ -94,7 +105,12 @@ def _packed(report: GradientReport) -> Finding | None:
 
 def _after_labels(report: GradientReport) -> Finding | None:
     host = report.host
-    if host is None or not gradient_zero(report) or not host.memory_positions or host.labels_after_memory != 0:
+    if (
+        host is None
+        or not gradient_zero(report)
+        or not host.memory_positions
+        or host.labels_after_memory != 0
+    ):
         return None
     return Finding(
         sentence="the memory comes after every labelled position, where causal attention does not look.",
@@ -113,9 +129,15 @@ def _underflow(report: GradientReport) -> Finding | None:
 
 def _anchored(report: GradientReport) -> Finding | None:
     event = next(iter(report.events_of("zero-weight")), None)
-    if event is None or not gradient_zero(report) or (report.host is not None and report.host.memory_positions):
+    if (
+        event is None
+        or not gradient_zero(report)
+        or (report.host is not None and report.host.memory_positions)
+    ):
         return None
-    return at_event(event, f"{memory_name(report)} enters this batch's loss at weight 0 only: the batch has no memory.")
+    return at_event(
+        event, f"{memory_name(report)} enters this batch's loss at weight 0 only: the batch has no memory."
+    )
 
 
 def _zero_init(report: GradientReport) -> Finding | None:
@@ -145,7 +167,12 @@ def _cached(report: GradientReport) -> Finding | None:
 
 def _fewer_slots(report: GradientReport) -> Finding | None:
     for event in report.events_of("splice"):
-        if event.op.startswith("masked_scatter") and event.slots and event.slots < event.num_elements and learns(report):
+        if (
+            event.op.startswith("masked_scatter")
+            and event.slots
+            and event.slots < event.num_elements
+            and learns(report)
+        ):
             return at_event(
                 event,
                 f"the text has room for {event.slots} of the memory's {event.num_elements} values: the rest is dropped, "
@@ -156,7 +183,12 @@ def _fewer_slots(report: GradientReport) -> Finding | None:
 
 def _short_mask(report: GradientReport) -> Finding | None:
     host = report.host
-    if host is None or host.mask_length is None or host.mask_length >= host.length or report.error is not None:
+    if (
+        host is None
+        or host.mask_length is None
+        or host.mask_length >= host.length
+        or report.error is not None
+    ):
         return None
     return Finding(
         sentence=f"attention_mask has {host.mask_length} columns, the embeddings have {host.length} positions: it is "
@@ -287,7 +319,12 @@ def _incomplete(report: GradientReport) -> Finding | None:
 
 def _cleared(report: GradientReport) -> Finding | None:
     step = report.step
-    if step is None or not step.optimizer_stepped or step.state_at_step in ("finite", "non-finite") or not learns(report):
+    if (
+        step is None
+        or not step.optimizer_stepped
+        or step.state_at_step in ("finite", "non-finite")
+        or not learns(report)
+    ):
         return None
     return Finding(
         sentence="the gradient is there after the backward and gone when optimizer.step() runs: zero_grad() comes between them.",

@@ -138,14 +138,18 @@ def load_make(target: str) -> Callable[[], Any]:
     """
     file, separator, name = target.rpartition(":")
     if not separator or not file.endswith(".py") or not name.isidentifier():
-        raise ProbeError(f"the target is {target!r}; expected a Python file and a function in it: my_script.py:make")
+        raise ProbeError(
+            f"the target is {target!r}; expected a Python file and a function in it: my_script.py:make"
+        )
     path = Path(file)
     if not path.is_file():
         raise ProbeError(f"{file!r} is not a file (looked in {Path.cwd()}). Give the path of the script.")
     module = _import(path)
     make = vars(module).get(name)
     if not callable(make):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        functions = [
+            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+        ]
         shown = ", ".join(functions[:8]) or "none"
         raise ProbeError(f"{file!r} has no function {name!r}; it has: {shown}.")
     return make
@@ -162,12 +166,14 @@ def make_subject(make: Callable[[], Any], *, target: str) -> Subject | GradientR
     except OcrmemError:
         raise
     except Exception as error:
+        source, _ = error_place(error.__traceback__)
         report = report_of_error(error, phase="build")
         if report.error is not None and find_error_cause(report.error) is not None:
             return report
-        source, _ = error_place(error.__traceback__)
         at = "" if source is None else f" at {source} (`{source.text}`)"
-        raise ProbeError(f"{target} raised {type(error).__name__}{at}: {error}. Make it run first.") from error
+        raise ProbeError(
+            f"{target} raised {type(error).__name__}{at}: {error}. Make it run first."
+        ) from error
     if isinstance(made, Subject):
         return made
     if isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module):

@@ -85,7 +85,13 @@ def explain(report: GradientReport) -> Explanation:
             return _explanation(cause.id, cause.mend, finding, _verdict(report, cause), warnings)
     if learns(report) and "non-finite" not in report.states:
         return Explanation(
-            verdict="healthy", cause=None, sentence=_healthy(report), module="", source=None, mend="", warnings=warnings
+            verdict="healthy",
+            cause=None,
+            sentence=_healthy(report),
+            module="",
+            source=None,
+            mend="",
+            warnings=warnings,
         )
     mend = (
         "compare the tree of modules below with what you expect; the break lies between the last line that carries a "
@@ -192,7 +198,10 @@ def _warnings(report: GradientReport) -> tuple[Warning, ...]:
         memory = report.memory
         if moved(report) is False and memory is not None and memory.permuted and memory.calls_again:
             found.append(
-                Warning(id="order-does-not-matter", sentence="the loss does not change when the memory tokens are permuted.")
+                Warning(
+                    id="order-does-not-matter",
+                    sentence="the loss does not change when the memory tokens are permuted.",
+                )
             )
     coarse = sorted({t.dtype for t in report.tensors if t.dtype in ("bfloat16", "float16")})
     if coarse and report.optimizer is None:

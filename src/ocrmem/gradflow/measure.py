@@ -91,7 +91,9 @@ def _kept_by_step(
     neighbour, |w|·eps/2. Optimizers from elsewhere may keep float32 copies, so nothing is said of them.
     """
     inner = plain_optimizer(optimizer)
-    if tensor.dtype not in (torch.bfloat16, torch.float16) or not type(inner).__module__.startswith("torch.optim"):
+    if tensor.dtype not in (torch.bfloat16, torch.float16) or not type(inner).__module__.startswith(
+        "torch.optim"
+    ):
         return None
     if grad is None:
         return None
@@ -236,7 +238,8 @@ def optimizer_facts(model: nn.Module, target: Target, optimizer: torch.optim.Opt
         frozen=tuple(of_model[key] for key, t in held.items() if key in of_model and not t.requires_grad),
         foreign=len(foreign),
         foreign_same_values=sum(
-            any(t.shape == m.shape and t.device == m.device and torch.equal(t, m) for m in missing.values()) for t in alike
+            any(t.shape == m.shape and t.device == m.device and torch.equal(t, m) for m in missing.values())
+            for t in alike
         ),
         foreign_same_shape=len(alike),
         learning_rate=_learning_rate(inner),

@@ -36,7 +36,20 @@ LEAVES_TORCH: dict[str, EventKind] = {
 """Operations after which the value lives outside torch."""
 
 FLAT = frozenset(
-    {"round", "round_", "floor", "floor_", "ceil", "ceil_", "trunc", "trunc_", "fix", "sign", "sgn", "heaviside"}
+    {
+        "round",
+        "round_",
+        "floor",
+        "floor_",
+        "ceil",
+        "ceil_",
+        "trunc",
+        "trunc_",
+        "fix",
+        "sign",
+        "sgn",
+        "heaviside",
+    }
 )
 """Operations that have a derivative, and it is zero."""
 
@@ -102,7 +115,9 @@ def masked_splice(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         parts = [*args, *(kwargs[key] for key in ("mask", "source") if key in kwargs)]
         if len(parts) == 3 and all(isinstance(part, torch.Tensor) for part in parts):
             target, mask, source = parts
-            return MaskedSplice(source, _count(mask.expand_as(target)) if _fits(mask, target) else _count(mask))
+            return MaskedSplice(
+                source, _count(mask.expand_as(target)) if _fits(mask, target) else _count(mask)
+            )
     if name == "where" and len(args) == 3 and isinstance(args[0], torch.Tensor):
         source = args[1]
         if isinstance(source, torch.Tensor):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from ocrmem.gradflow.cause import gradient_zero, part_of
 from ocrmem.gradflow.explain import Explanation
-from ocrmem.gradflow.report import Event, GradientReport, ModuleCall
+from ocrmem.gradflow.report import Event, GradientReport, ModuleCall, SourceLine
 
-Carries = Literal["not needed", "yes", "no"]
-"""Whether a station's output carries the gradient: nothing before it learns; it does; it should and does not."""
+Carries = Literal["not needed", "yes", "zero", "no"]
+"""Whether a station's output carries the gradient: nothing before it learns; it does; it does, and what comes is all
+zeros; it should and does not."""
 
 MAX_DEPTH = 2
 """Levels of modules shown below the model's children."""
+
+
+OPTIMIZER_CAUSES = ("optimizer-", "gradient-cleared", "weights-too-coarse")
+"""Beginnings of the names of causes that lie behind the backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,8 @@ class Station:
     """Shape, dtype and grad_fn of the output."""
     carries: Carries
     depth: int
+    place: str = ""
+    """Source line of a break."""
     is_break: bool = False
     is_trainable: bool = False
 
@@ -37,25 +45,48 @@ def stations(report: GradientReport, explanation: Explanation, *, numbers: bool 
         numbers: show the loss and gradient norms; False for text that must not depend on the machine.
     """
     shown = _collapsed(_shown_calls(report), report)
-    found: list[tuple[int, Station]] = [(position, _of_call(call, count, report, numbers)) for position, call, count in shown]
+    found: list[tuple[int, Station]] = [
+        (position, _of_call(call, count, report, numbers)) for position, call, count in shown
+    ]
     if report.memory is not None and not report.memory.calls and not _called(report):
         found.insert(0, (0, _never_ran(report)))
     event = _break_event(report, explanation)
-    if event is not None:
+    ungraded = next((entry for entry in found if _is_ungraded(entry[1], event, explanation)), None)
+    if ungraded is not None:
+        marked = replace(ungraded[1], is_break=True, place=_place(explanation.source))
+        found[found.index(ungraded)] = (ungraded[0], marked)
+    elif event is not None:
         base = _base_depth(report)
         text = event.op.removesuffix(".__get__")
-        place = event.source or explanation.source
-        detail = "" if place is None else f"{place}  {place.text}"
+        place = _place(event.source or explanation.source)
+        depth = max(0, min(MAX_DEPTH, event.depth - base))
         station = Station(
-            name=text, kind="", detail=detail, carries="no", depth=max(0, min(MAX_DEPTH, event.depth - base)), is_break=True
+            name=text, kind="", detail="", carries="no", depth=depth, place=place, is_break=True
         )
         found.append((event.position, station))
         found.sort(key=lambda entry: entry[0])
     lines = [station for _, station in found]
     lines.append(_loss(report, explanation, numbers))
-    if explanation.cause is not None and explanation.cause.startswith(("optimizer-", "gradient-cleared")):
+    if report.calls and explanation.cause is not None and explanation.cause.startswith(OPTIMIZER_CAUSES):
         lines.append(Station(name="optimizer", kind="", detail="", carries="no", depth=0))
-    return _with_break(lines, explanation)
+    lines = _with_break(lines, explanation)
+    broken = next((index for index, line in enumerate(lines) if line.is_break), len(lines))
+    if gradient_zero(report):
+        lines[:broken] = [
+            replace(line, carries="zero") if line.carries == "yes" else line for line in lines[:broken]
+        ]
+    return lines
+
+
+def _place(source: SourceLine | None) -> str:
+    return "" if source is None else f"{source}  {source.text}".rstrip()
+
+
+def _is_ungraded(station: Station, event: Event | None, explanation: Explanation) -> bool:
+    """The station is a module that runs, whole, with grad mode off: it is the break, not some operation in it."""
+    if event is None or event.kind != "grad-off" or not explanation.module:
+        return False
+    return station.name == explanation.module and station.carries == "no"
 
 
 def _with_break(lines: list[Station], explanation: Explanation) -> list[Station]:
@@ -66,7 +97,7 @@ def _with_break(lines: list[Station], explanation: Explanation) -> list[Station]
     if broken is None:
         named = [i for i, line in enumerate(lines) if explanation.module and line.name == explanation.module]
         broken = named[0] if named else len(lines) - 1
-    lines[broken] = Station(**{**vars(lines[broken]), "is_break": True})
+    lines[broken] = replace(lines[broken], is_break=True, carries="no")
     return lines
 
 
@@ -93,10 +124,25 @@ def _shown_calls(report: GradientReport) -> list[tuple[int, ModuleCall]]:
     chosen = []
     for position, call in enumerate(report.calls, start=1):
         depth = call.depth - base
-        if not call.path or depth > MAX_DEPTH or (depth > 0 and not call.carries):
+        if (
+            not call.path
+            or depth > MAX_DEPTH
+            or (depth > 0 and not call.carries and not _raised(call, report))
+        ):
             continue
         chosen.append((position, call))
     return chosen
+
+
+def _raised(call: ModuleCall, report: GradientReport) -> bool:
+    """The call did not return: the error came from inside it."""
+    error = report.error
+    return (
+        error is not None
+        and error.phase == "forward"
+        and call.shape is None
+        and part_of(error.module, call.path)
+    )
 
 
 def _collapsed(
@@ -111,7 +157,8 @@ def _collapsed(
             if (
                 index.isdigit()
                 and first.path.rpartition(".")[0] == parent
-                and (first.kind, first.depth, first.live, first.carries) == (call.kind, call.depth, call.live, call.carries)
+                and (first.kind, first.depth, first.live, first.carries)
+                == (call.kind, call.depth, call.live, call.carries)
             ):
                 group.append(call)
                 continue
@@ -124,12 +171,16 @@ def _of_call(call: ModuleCall, group: list[ModuleCall], report: GradientReport, 
     name = call.path if len(group) == 1 else f"{call.path} … {last.path.rpartition('.')[2]}"
     kind = call.kind if len(group) == 1 else f"{call.kind} ×{len(group)}"
     trainable = call.path in report.trainable
-    parts = [f"[{', '.join(map(str, last.shape))}]" if last.shape is not None else "", last.dtype or ""]
+    shape = "" if last.shape is None else f"[{', '.join(map(str, last.shape))}]" if last.shape else "scalar"
+    parts = [shape, last.dtype or ""]
+    raised = report.error is not None and _raised(call, report)
+    if raised and report.error is not None:
+        parts.append(f"raised {report.error.type}")
     if call.carries:
         parts.append(last.grad_fn or "no grad_fn")
     if trainable:
         parts.append(_gradient(report, numbers))
-    state: Carries = "not needed" if not call.carries else "yes" if call.live else "no"
+    state: Carries = "no" if raised else "not needed" if not call.carries else "yes" if call.live else "no"
     return Station(
         name=name,
         kind=kind,
@@ -152,14 +203,27 @@ def _gradient(report: GradientReport, numbers: bool) -> str:
 
 def _never_ran(report: GradientReport) -> Station:
     return Station(
-        name=", ".join(report.trainable), kind="", detail="never ran", carries="no", depth=0, is_trainable=True
+        name=", ".join(report.trainable),
+        kind="",
+        detail="never ran",
+        carries="no",
+        depth=0,
+        is_trainable=True,
     )
 
 
 def _loss(report: GradientReport, explanation: Explanation, numbers: bool) -> Station:
     if report.loss is None:
-        raised = "" if report.error is None else f"{report.error.type} in the {report.error.phase}"
-        return Station(name="loss", kind="", detail=raised, carries="no", depth=0)
+        error = report.error
+        building = error is not None and error.phase == "build"
+        raised = (
+            ""
+            if error is None
+            else f"raised {error.type}"
+            if building
+            else f"{error.type} in the {error.phase}"
+        )
+        return Station(name="make()" if building else "loss", kind="", detail=raised, carries="no", depth=0)
     value = f"{report.loss:.4g}  " if numbers else ""
     whole = report.loss_live and report.loss_requires_grad
     return Station(

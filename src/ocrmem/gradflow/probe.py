@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -91,7 +92,9 @@ def verify_gradient_flow(
     if not isinstance(model, nn.Module):
         raise ProbeError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
     if step is not None and optimizer is None:
-        raise ProbeError("step was given without optimizer; pass both, so that its step can be watched and undone.")
+        raise ProbeError(
+            "step was given without optimizer; pass both, so that its step can be watched and undone."
+        )
     inner = unwrap(model)
     target = resolve_target(inner, trainable)
     snapshot = Snapshot(model, extra=target.tensors.values())
@@ -120,7 +123,9 @@ def verify_gradient_flow(
                     again = second_pass.disturb(run, target, recorder, first.loss, memory_samples)
                 if not ranks.active and first.backward_ran:
                     underflow = second_pass.underflow_scale(run, target, grads, recorder)
-            step_facts = _run_step(step, optimizer, target) if step is not None and optimizer is not None else None
+            step_facts = (
+                _run_step(step, optimizer, target) if step is not None and optimizer is not None else None
+            )
         return _report(
             model, batch, target, recorder, first, again, grads, frozen_with_grad, parallel, optimizer, step_facts,
             underflow, grad_enabled, inference_mode, tuple(dropped_columns),
@@ -134,7 +139,12 @@ def report_of_error(error: Exception, *, phase: Phase) -> GradientReport:
     """A report that holds an exception alone, raised where no model was there to be checked yet."""
     source, _ = error_place(error.__traceback__)
     facts = ErrorFacts(
-        phase=phase, type=type(error).__name__, message=str(error), source=source, module="", in_trainable=False
+        phase=phase,
+        type=type(error).__name__,
+        message=str(error),
+        source=source,
+        module="",
+        in_trainable=False,
     )
     return GradientReport(
         model="", training={}, grad_enabled_at_start=True, inference_mode_at_start=False, grad_mode_leak=None,
@@ -219,10 +229,13 @@ def _runner(
 @contextmanager
 def _eagerly() -> Iterator[None]:
     """Run compiled parts as plain Python: inside a compiled graph neither operations nor modules can be watched."""
-    if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and nothing can be compiled without it
+    if (
+        "torch._dynamo" not in sys.modules
+    ):  # importing it takes seconds, and nothing can be compiled without it
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
         yield
 
 
@@ -253,9 +266,7 @@ def _first_called(target: Target, recorder: Recorder) -> Target:
 
 def _frozen_with_grad(model: nn.Module, target: Target) -> tuple[str, ...]:
     wanted = {id(tensor) for tensor in target.tensors.values()}
-    return tuple(
-        name for name, p in model.named_parameters() if id(p) not in wanted and p.grad is not None
-    )
+    return tuple(name for name, p in model.named_parameters() if id(p) not in wanted and p.grad is not None)
 
 
 def _error_facts(this: _Pass, model: nn.Module, target: Target) -> ErrorFacts | None:
@@ -293,7 +304,8 @@ def _report(
     sharded = parallel.wrapper in ("FSDP1", "FSDP2")
     return GradientReport(
         model=type(unwrap(model)).__name__,
-        training={"": model.training} | {name: child.training for name, child in unwrap(model).named_children()},
+        training={"": model.training}
+        | {name: child.training for name, child in unwrap(model).named_children()},
         grad_enabled_at_start=grad_enabled,
         inference_mode_at_start=inference_mode,
         grad_mode_leak=recorder.grad_off if first.grad_mode_leaks else None,

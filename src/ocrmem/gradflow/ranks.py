@@ -41,11 +41,15 @@ class Ranks:
         self.rank = dist.get_rank() if self.active else 0
         self.wrapper = _wrapper(model)
         self.find_unused = (
-            bool(model.find_unused_parameters) if isinstance(model, nn.parallel.DistributedDataParallel) else None
+            bool(model.find_unused_parameters)
+            if isinstance(model, nn.parallel.DistributedDataParallel)
+            else None
         )
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.active else None
         self._names = {module: name or "(model)" for name, module in unwrap(model).named_modules()}
-        self._sharded = {module for module in model.modules() if _is_sharded(module)} if self.active else set()
+        self._sharded = (
+            {module for module in model.modules() if _is_sharded(module)} if self.active else set()
+        )
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, by rank."""
@@ -72,7 +76,9 @@ class Ranks:
         if self._group is not None:
             dist.destroy_process_group(self._group)
 
-    def facts(self, *, mine: RankFacts | None, skipped: bool, places: tuple[str, ...] | None) -> ParallelFacts:
+    def facts(
+        self, *, mine: RankFacts | None, skipped: bool, places: tuple[str, ...] | None
+    ) -> ParallelFacts:
         """For the report; `mine` is sent to the others here, so every process must come by."""
         gathered = [fact for fact in self.gather(mine) if fact is not None]
         return ParallelFacts(

@@ -75,7 +75,9 @@ class Recorder(TorchFunctionMode):
     def all_events(self) -> tuple[Event, ...]:
         """The events, with `used` filled in for splices."""
         return tuple(
-            replace(event, used=index in self._used) if event.kind == "splice" and not event.in_place else event
+            replace(event, used=index in self._used)
+            if event.kind == "splice" and not event.in_place
+            else event
             for index, event in enumerate(self.events)
         )
 
@@ -126,7 +128,9 @@ class Recorder(TorchFunctionMode):
             self._note_made_leaf(name, args)
             return
         if name == "data.__get__" and not labels:
-            self._through_data.update(address for out in outputs if (address := storage_address(out)) is not None)
+            self._through_data.update(
+                address for out in outputs if (address := storage_address(out)) is not None
+            )
         if name == "__getitem__" and outputs and storage_address(outputs[0]) != storage_address(args[0]):
             self._gathered[outputs[0]] = True
         if not labels:
@@ -160,7 +164,9 @@ class Recorder(TorchFunctionMode):
                 continue
             if live and not output.requires_grad:
                 if cut is None:
-                    cut = self._add(self._kind_of_cut(name, output), name, max(tensor.numel() for tensor in live))
+                    cut = self._add(
+                        self._kind_of_cut(name, output), name, max(tensor.numel() for tensor in live)
+                    )
                 origin = cut
             else:
                 origin = inherited
@@ -170,13 +176,17 @@ class Recorder(TorchFunctionMode):
                 self._add("empty", name, live[0].numel())
             if name in ops.FLAT:
                 self._add("flat", name, live[0].numel())
-            elif name in ("mul", "__mul__", "__rmul__", "mul_") and any(ops.is_zero_number(arg) for arg in args):
+            elif name in ("mul", "__mul__", "__rmul__", "mul_") and any(
+                ops.is_zero_number(arg) for arg in args
+            ):
                 self._add("zero-weight", name, live[0].numel())
 
     def _kind_of_cut(self, name: str, output: torch.Tensor) -> EventKind:
         kind = ops.kind_of_cut(name, output)
         # Inside a custom function's forward autograd is off without anyone having switched it off.
-        in_custom_function = self._enabled_at_start and self.grad_off is None and not torch.is_inference_mode_enabled()
+        in_custom_function = (
+            self._enabled_at_start and self.grad_off is None and not torch.is_inference_mode_enabled()
+        )
         return "no-derivative" if kind == "grad-off" and in_custom_function else kind
 
     def _label(self, tensor: torch.Tensor) -> Label | None:
@@ -266,7 +276,9 @@ class Recorder(TorchFunctionMode):
         label = self.lineage.get(tensor)
         index = self._add("made-leaf", name, tensor.numel() if label is not None else 0, slots=tensor.dim())
         if label is not None and not label.live:
-            self.lineage.set(tensor, Label(False, index if label.origin is None else label.origin, fixed=True))
+            self.lineage.set(
+                tensor, Label(False, index if label.origin is None else label.origin, fixed=True)
+            )
 
     def _add(
         self, kind: EventKind, op: str, num_elements: int, *, slots: int | None = None, in_place: bool = False

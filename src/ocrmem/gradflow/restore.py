@@ -54,7 +54,9 @@ class Snapshot:
             for module in model.modules()
             if not _keeps_own_books(module)
         ]
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+        self._buffers = [
+            (buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta
+        ]
         self._written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._tensors = [*model.parameters(), *model.buffers(), *extra]
         self._requires_grad = [(tensor, tensor.requires_grad) for tensor in self._tensors]
@@ -97,7 +99,8 @@ class Snapshot:
 def _keeps_own_books(module: nn.Module) -> bool:
     """DDP and FSDP note in their attributes how far they are; going back would contradict their C++ side."""
     return any(
-        base.__module__.startswith(("torch.nn.parallel", "torch.distributed")) for base in type(module).__mro__
+        base.__module__.startswith(("torch.nn.parallel", "torch.distributed"))
+        for base in type(module).__mro__
     )
 
 

@@ -67,7 +67,9 @@ def resolve_target(model: nn.Module, trainable: Trainable | None) -> Target:
         path, module = _module(model, item)
         found = [(f"{path}.{name}".lstrip("."), parameter) for name, parameter in module.named_parameters()]
         if not found:
-            raise ProbeError(f"trainable={path!r} has no parameters; name the module whose weights should learn.")
+            raise ProbeError(
+                f"trainable={path!r} has no parameters; name the module whose weights should learn."
+            )
         # A wrapper such as peft's keeps frozen originals beside what learns.
         learning = [(name, parameter) for name, parameter in found if parameter.requires_grad]
         tensors |= {names.get(id(p), name): p for name, p in learning or found}

@@ -113,9 +113,9 @@ class Atlas:
         settings, width = self._settings, coverage.shape[1]
         while self._used + width > self._strip.shape[1]:
             self._strip = np.concatenate([self._strip, np.full_like(self._strip, settings.background)], axis=1)
-        contrast = settings.foreground - settings.background
-        pixels = settings.background + (coverage.astype(np.int32) * contrast + np.sign(contrast) * 127) // 255
-        self._strip[:, self._used : self._used + width] = np.clip(pixels, 0, 255)
+        contrast = (settings.foreground - settings.background) / 255
+        pixels = np.rint(settings.background + coverage * contrast)
+        self._strip[:, self._used : self._used + width] = pixels
         self._starts.append(self._used)
         self._widths.append(width)
         self._used += width
