@@ -65,7 +65,9 @@ def document() -> str:
         docs = field_docs(cls)
         lines += ["", f"## {name}", "", "| key | default | meaning |", "| --- | --- | --- |"]
         for field in dataclasses.fields(cls):
-            lines.append(f"| `{field.name}` | {default_of(field)} | {docs.get(field.name, '').replace('|', chr(92) + '|')} |")
+            lines.append(
+                f"| `{field.name}` | {default_of(field)} | {docs.get(field.name, '').replace('|', chr(92) + '|')} |"
+            )
     lines += [
         "",
         "## training",

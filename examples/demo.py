@@ -74,7 +74,13 @@ def main() -> None:
         f"  {answer['history_tokens']} tokens of history became {answer['memory_tokens']} memory tokens on "
         f"{answer['pages']} pages ({answer['compression_ratio']:.2f}x)"
     )
-    checks.append(("a new process answered through the memory", bool(answer["answer"]) and answer["memory_tokens"] > 0, ""))
+    checks.append(
+        (
+            "a new process answered through the memory",
+            bool(answer["answer"]) and answer["memory_tokens"] > 0,
+            "",
+        )
+    )
     seconds = time.monotonic() - started
     write_report(result, checks, answer, seconds)
     console.print(f"\n[bold]{seconds:.0f} s in all.[/bold] See demo/report.md, demo/loss.png and demo/pages/.")
@@ -126,9 +132,7 @@ class Witness(TrainerCallback):
             if module.training and not self.modes:
                 parts = {"model": model, **{part: model.get_submodule(part) for part in self.before}}
                 self.modes = {name: part.training for name, part in parts.items()}
-                self.grad_fns = {
-                    name: getattr(output, name).grad_fn is not None for name in ("loss", "logits")
-                }
+                self.grad_fns = {name: getattr(output, name).grad_fn is not None for name in ("loss", "logits")}
 
         self.hook = model.register_forward_hook(look)
 
@@ -145,7 +149,13 @@ class Witness(TrainerCallback):
         rows.append(("loss on held-out people fell", evals[-1] < evals[0], f"{evals[0]:.4f} -> {evals[-1]:.4f}"))
         for part, same in (("proj", False), ("base_llm_model", True), ("ocr_embed", True)):
             old, new = self.before[part], self.after[part]
-            rows.append((f"{part} {'unchanged' if same else 'changed'}", (old == new) == same, f"{old[:12]} -> {new[:12]}"))
+            rows.append(
+                (
+                    f"{part} {'unchanged' if same else 'changed'}",
+                    (old == new) == same,
+                    f"{old[:12]} -> {new[:12]}",
+                )
+            )
         return rows
 
 

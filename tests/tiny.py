@@ -138,8 +138,10 @@ def tiny_batch(
         rows.append(row)
         label_rows.append([-100] * (len(row) - reply) + row[-reply:])
     longest = max(map(len, rows))
-    pad = (lambda values, fill: [fill] * (longest - len(values)) + values) if side == "left" else (
-        lambda values, fill: values + [fill] * (longest - len(values))
+    pad = (
+        (lambda values, fill: [fill] * (longest - len(values)) + values)
+        if side == "left"
+        else (lambda values, fill: values + [fill] * (longest - len(values)))
     )
     flat = [tokens for sample in page_tokens for tokens in sample]
     batch = {

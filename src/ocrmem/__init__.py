@@ -19,7 +19,15 @@ _LAZY = {
     "OCREncoder": "ocrmem.encoders.base",
     "RenderSettings": "ocrmem.config.render",
 }
-__all__ = ["MEMConfig", "MEMModel", "MEMProcessor", "MEMTrainer", "MemorySettings", "OCREncoder", "RenderSettings"]
+__all__ = [
+    "MEMConfig",
+    "MEMModel",
+    "MEMProcessor",
+    "MEMTrainer",
+    "MemorySettings",
+    "OCREncoder",
+    "RenderSettings",
+]
 
 if TYPE_CHECKING:
     from ocrmem.config.mem import MEMConfig

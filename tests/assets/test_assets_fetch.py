@@ -113,18 +113,14 @@ def test_another_pin_does_not_take_the_old_file(index):
 
 def test_other_content_in_the_wheel_is_refused(index):
     write_wheel(index, CONTENT[::-1])
-    with pytest.raises(
-        AssetError, match=r"'tiny': ocrmem_test_asset/data.bin has SHA-256 .* expected .* pinned; use"
-    ):
+    with pytest.raises(AssetError, match=r"'tiny': ocrmem_test_asset/data.bin has SHA-256 .* expected .* pinned; use"):
         get(tiny_asset(CONTENT))
     assert leftovers() == []
 
 
 def test_other_size_in_the_wheel_is_refused(index):
     write_wheel(index, CONTENT + b"x")
-    with pytest.raises(
-        AssetError, match=r"data.bin in ocrmem_test_asset-1.0.* has 10497 bytes, expected 10496"
-    ):
+    with pytest.raises(AssetError, match=r"data.bin in ocrmem_test_asset-1.0.* has 10497 bytes, expected 10496"):
         get(tiny_asset(CONTENT))
     assert leftovers() == []
 
@@ -159,9 +155,7 @@ def test_pip_failure_says_what_pip_said(index):
 
 def test_offline_without_the_file(index):
     write_wheel(index, CONTENT)
-    with pytest.raises(
-        AssetError, match=r"'tiny' is not in the cache .* Run `ocrmem fetch tiny` with a connection"
-    ):
+    with pytest.raises(AssetError, match=r"'tiny' is not in the cache .* Run `ocrmem fetch tiny` with a connection"):
         get(tiny_asset(CONTENT), offline=True)
     assert not cache_dir().exists()
     path, _ = get(tiny_asset(CONTENT))
@@ -172,9 +166,7 @@ def test_cache_that_cannot_be_written(index, tmp_path, monkeypatch):
     write_wheel(index, CONTENT)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("OCRMEM_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(
-        AssetError, match=r"'tiny' could not be stored in .*: .*Not a directory.*point OCRMEM_CACHE"
-    ):
+    with pytest.raises(AssetError, match=r"'tiny' could not be stored in .*: .*Not a directory.*point OCRMEM_CACHE"):
         get(tiny_asset(CONTENT))
 
 
@@ -339,9 +331,7 @@ def test_unknown_name_lists_the_assets_nearest_first(offline):
 
 @pytest.mark.parametrize("name", ["", "./nowhere", "/nowhere/at/all", "a/b/c", "a b"])
 def test_what_cannot_be_a_hub_id_is_told_at_once(name):
-    with pytest.raises(
-        AssetError, match=r"no existing file or folder, and no Hugging Face id \(owner/name\)"
-    ):
+    with pytest.raises(AssetError, match=r"no existing file or folder, and no Hugging Face id \(owner/name\)"):
         resolve(name)
 
 

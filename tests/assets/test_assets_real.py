@@ -19,9 +19,7 @@ LLM = "smollm2-135m-instruct"
 
 @functools.cache
 def records(name: str) -> list[dict]:
-    return [
-        json.loads(line) for line in (resolve("chitchat") / name).read_text(encoding="utf-8").splitlines()
-    ]
+    return [json.loads(line) for line in (resolve("chitchat") / name).read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("name", ["pp-ocrv6-small-rec", "noto-sans-sc"])
@@ -58,9 +56,7 @@ def test_third_party_file_names_every_bundled_font_file():
     files = sorted((ROOT / "src/ocrmem/render/font_files").iterdir())
     assert [file.name for file in files] == ["DejaVuSans.ttf", "DejaVuSansMono.ttf", "LICENSE_DEJAVU"]
     for file in files:
-        assert any(
-            f"`{file.name}`" in line and f"`{sha256_file(file)}`" in line for line in text.splitlines()
-        )
+        assert any(f"`{file.name}`" in line and f"`{sha256_file(file)}`" in line for line in text.splitlines())
 
 
 def test_chitchat_counts():
@@ -94,9 +90,7 @@ def test_chitchat_split_keeps_people_apart():
     hub = {person for person, count in counts.items() if count >= 100}
     assert len(hub) == 5
     seen = {person for id_ in train for person in people[id_]} - hub
-    out = {
-        person for person in counts if int(hashlib.sha256(person.encode()).hexdigest(), 16) % 100 < 12
-    } - hub
+    out = {person for person in counts if int(hashlib.sha256(person.encode()).hexdigest(), 16) % 100 < 12} - hub
     assert not seen & out
     for id_, strict in heldout.items():
         assert people[id_] & out
@@ -151,9 +145,7 @@ def test_llm_tokenizer_cuts_numbers_into_digits():
     assert tokenizer.tokenize("in   2018, 3") == ["in", "ĠĠĠ", "2", "0", "1", "8", ",", "Ġ", "3"]
 
 
-@pytest.mark.parametrize(
-    "text", ["naïve ▁ “quotes” 中文 🦊\u200d x\u0301\t\n\n  end ", "<|im_end|> \x00 \u202e"]
-)
+@pytest.mark.parametrize("text", ["naïve ▁ “quotes” 中文 🦊\u200d x\u0301\t\n\n  end ", "<|im_end|> \x00 \u202e"])
 def test_llm_tokenizer_gives_text_back(text):
     from transformers import AutoTokenizer
 
@@ -188,9 +180,7 @@ def test_llm_stops_by_itself():
     tokenizer = AutoTokenizer.from_pretrained(resolve(LLM))
     llm = AutoModelForCausalLM.from_pretrained(resolve(LLM))
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    batch = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    batch = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out_BS = llm.generate(**batch, max_new_tokens=30, do_sample=False)
     reply = tokenizer.decode(out_BS[0, batch["input_ids"].shape[1] :])
     assert reply == "The capital of France is Paris.<|im_end|>"

@@ -71,8 +71,14 @@ def config_file(tmp_path, **changes):
     ("changes", "message"),
     [
         ({"memry": {}}, "unknown setting 'memry'. Did you mean 'memory'?"),
-        ({"memory": {"context_treshold": 1}}, "unknown setting 'memory.context_treshold'. Did you mean 'context_threshold'?"),
-        ({"training": {"learning_rte": 1}}, "unknown setting 'training.learning_rte'. Did you mean 'learning_rate'?"),
+        (
+            {"memory": {"context_treshold": 1}},
+            "unknown setting 'memory.context_treshold'. Did you mean 'context_threshold'?",
+        ),
+        (
+            {"training": {"learning_rte": 1}},
+            "unknown setting 'training.learning_rte'. Did you mean 'learning_rate'?",
+        ),
         ({"encoder": {"name": "pp-orc"}}, "unknown encoder 'pp-orc'. Did you mean 'pp-ocr'?"),
         ({"encoder": {"settings": {"steps": 1}}}, "unknown setting 'encoder.settings.steps'."),
         (

@@ -32,7 +32,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(folder):
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({"output_dir": str(folder / "run"), "feature_cache": str(folder / "features"), **CONFIG}))
+    path.write_text(
+        yaml.safe_dump({"output_dir": str(folder / "run"), "feature_cache": str(folder / "features"), **CONFIG})
+    )
     return path
 
 

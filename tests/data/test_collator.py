@@ -42,9 +42,7 @@ def test_padding_and_pages(side):
     assert batch["page_keys"] == ["1-0", "1-1", "3-0"]
     assert batch["page_num_tokens"].tolist() == [3, 2, 4]
     assert batch["num_pages"].tolist() == [2, 0, 1]
-    assert all(
-        batch[name].dtype == torch.int64 for name in ("input_ids", "labels", "page_num_tokens", "num_pages")
-    )
+    assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "labels", "page_num_tokens", "num_pages"))
 
 
 def test_a_batch_without_memory_has_no_pages():

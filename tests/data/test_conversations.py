@@ -22,9 +22,7 @@ REPLY = message("hello", role="assistant")
 
 
 def write(path, *lines):
-    path.write_bytes(
-        b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
-    )
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
     return path
 
 
@@ -149,20 +147,14 @@ def test_bad_lines_can_be_skipped_and_are_reported(tmp_path):
 
 def test_nothing_but_bad_lines(tmp_path):
     path = write(tmp_path / "a.jsonl", b"{", b"}")
-    with pytest.raises(
-        DataError, match=r"a.jsonl' has 2 broken lines and nothing else.*first is line 1: broken JSON"
-    ):
+    with pytest.raises(DataError, match=r"a.jsonl' has 2 broken lines and nothing else.*first is line 1: broken JSON"):
         read_conversations(path, skip_bad_lines=True)
 
 
 def test_empty_missing_and_unreadable_file(tmp_path):
-    with pytest.raises(
-        DataError, match=r"a.jsonl' has no lines; expected one \{\"messages\": \[…\]\} object a line"
-    ):
+    with pytest.raises(DataError, match=r"a.jsonl' has no lines; expected one \{\"messages\": \[…\]\} object a line"):
         read_conversations(write(tmp_path / "a.jsonl", b"", b"  "))
-    with pytest.raises(
-        DataError, match=r"none.jsonl' cannot be read: No such file or directory. Give the path"
-    ):
+    with pytest.raises(DataError, match=r"none.jsonl' cannot be read: No such file or directory. Give the path"):
         read_conversations(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match=r"cannot be read: Is a directory"):
         read_conversations(tmp_path)
@@ -198,9 +190,7 @@ def test_history(text, expected):
 
 
 def test_bad_history():
-    with pytest.raises(
-        DataError, match=r"stdin: the text begins like a JSON object but is broken\. Give one whole"
-    ):
+    with pytest.raises(DataError, match=r"stdin: the text begins like a JSON object but is broken\. Give one whole"):
         parse_history('{"messages": [', source="stdin")
     with pytest.raises(DataError, match=r'stdin: the object has no "messages"'):
         parse_history('{"a": 1}', source="stdin")

@@ -11,9 +11,7 @@ from ocrmem.memory.history import history_text
 from ocrmem.render.renderer import Renderer
 from ocrmem.types import Conversation, Message
 
-LONG = turns(
-    *(f"Message number {i} says that the sky is blue and the grass is green today." for i in range(61))
-)
+LONG = turns(*(f"Message number {i} says that the sky is blue and the grass is green today." for i in range(61)))
 """61 turns of about 21 tokens, the last by the user."""
 
 
@@ -39,10 +37,7 @@ def test_a_long_prompt_has_its_history_on_pages(processor):
     ids = prompt.input_ids
     assert ids.count(processor.memory_token_id) == sum(prompt.page_num_tokens) == split.placeholder_tokens > 0
     first = ids.index(processor.memory_token_id)
-    assert (
-        ids[first : first + split.placeholder_tokens]
-        == [processor.memory_token_id] * split.placeholder_tokens
-    )
+    assert ids[first : first + split.placeholder_tokens] == [processor.memory_token_id] * split.placeholder_tokens
     assert prompt.text.index("Earlier in this conversation") < prompt.text.index("<|im_start|>user")
     assert all(message.content in prompt.text for message in split.recent)
     assert not any(message.content in prompt.text for message in split.history)
@@ -139,9 +134,7 @@ def test_batch_is_padded_on_the_left_and_equals_single(processor):
     assert batch["features"].dtype == torch.float16
     per_sample = (batch["input_ids"] == processor.memory_token_id).sum(1)
     per_page = torch.repeat_interleave(torch.arange(3), batch["num_pages"])
-    assert (
-        per_sample.tolist() == torch.zeros(3).long().index_add(0, per_page, batch["page_num_tokens"]).tolist()
-    )
+    assert per_sample.tolist() == torch.zeros(3).long().index_add(0, per_page, batch["page_num_tokens"]).tolist()
 
 
 def test_pages_instead_of_features(processor):
@@ -217,9 +210,7 @@ def test_a_tokenizer_without_padding():
     tokenizer.pad_token = None
     assert make_processor(tokenizer).pad_token_id == tokenizer.eos_token_id
     tokenizer.eos_token = None
-    with pytest.raises(
-        ConfigError, match=r"has neither a pad token nor an end-of-text token; set tokenizer\."
-    ):
+    with pytest.raises(ConfigError, match=r"has neither a pad token nor an end-of-text token; set tokenizer\."):
         make_processor(tokenizer)
 
 

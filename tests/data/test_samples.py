@@ -16,8 +16,7 @@ REPLIES = [f"Reply number {i} says that the grass is green." for i in range(40)]
 
 def conversation(number_of_turns=60, *, source="a.jsonl:1"):
     contents = [
-        REPLIES[i // 2] if i % 2 else f"Question {i}: is the sky blue over the sea?"
-        for i in range(number_of_turns)
+        REPLIES[i // 2] if i % 2 else f"Question {i}: is the sky blue over the sea?" for i in range(number_of_turns)
     ]
     return Conversation(tuple(turns(*contents)), source)
 
@@ -44,9 +43,9 @@ def test_one_sample_for_each_reply_with_a_memory(processor):
     report = with_memory.report
     assert (report.num_conversations, report.num_replies, report.num_unusable) == (1, 30, 0)
     assert report.num_samples == len(with_memory) == 30 - report.num_without_memory
-    assert [bool(every[i]["page_keys"]) for i in range(30)] == [False] * (30 - len(with_memory)) + [
-        True
-    ] * len(with_memory)
+    assert [bool(every[i]["page_keys"]) for i in range(30)] == [False] * (30 - len(with_memory)) + [True] * len(
+        with_memory
+    )
 
 
 def test_only_the_reply_is_labelled(processor, dataset):
@@ -127,10 +126,7 @@ def test_samples_are_the_same_each_time(processor, dataset):
     for i in (0, 3, len(dataset) - 1, 3):
         one, other = dataset[i], again[i]
         assert one["page_keys"] == other["page_keys"]
-        assert all(
-            torch.equal(one[name], other[name])
-            for name in ("input_ids", "labels", "pages", "page_num_tokens")
-        )
+        assert all(torch.equal(one[name], other[name]) for name in ("input_ids", "labels", "pages", "page_num_tokens"))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -156,9 +152,7 @@ def test_replies_that_nobody_asked_for_are_left_out(processor):
 
 def test_gemma_labels_end_with_its_own_marker():
     processor = make_processor(shared_tokenizer(GEMMA))
-    dataset = MEMDataset(
-        [Conversation((Message("assistant", "Welcome!"), *conversation().messages))], processor
-    )
+    dataset = MEMDataset([Conversation((Message("assistant", "Welcome!"), *conversation().messages))], processor)
     sample = dataset[0]
     assert decode(processor, sample["input_ids"][sample["labels"] != -100]).endswith("green.<end_of_turn>")
 
@@ -223,9 +217,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{% for message", "{{ messages | length }}{% for message", 1
     )
-    with pytest.raises(
-        DataError, match=r"a.jsonl:1: message \d+: the chat template of .* writes the prompt otherwise"
-    ):
+    with pytest.raises(DataError, match=r"a.jsonl:1: message \d+: the chat template of .* writes the prompt otherwise"):
         MEMDataset([conversation()], make_processor(tokenizer))
 
 
@@ -236,7 +228,5 @@ def test_bad_arguments(processor):
         MEMDataset([conversation()], processor, max_reply_tokens=0)
     with pytest.raises(DataError, match="the data set is empty: no conversations were given"):
         MEMDataset([], processor)
-    with pytest.raises(
-        DataError, match=r"none of the 1 replies in 1 conversations can be learnt from: a reply needs"
-    ):
+    with pytest.raises(DataError, match=r"none of the 1 replies in 1 conversations can be learnt from: a reply needs"):
         MEMDataset([Conversation((Message("assistant", "hi"),))], processor)

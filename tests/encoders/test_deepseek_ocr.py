@@ -1,5 +1,6 @@
 """DeepEncoder: the reference's numbers on the same weights, the original's names, the seed's figures."""
 
+import itertools
 import json
 
 import numpy as np
@@ -67,7 +68,9 @@ def original_names(model: UnlimitedOcrVisionModel) -> dict[str, torch.Tensor]:
                 ("patch_embed.projection", "patch_embed.proj"),
             ):  # fmt: skip
                 name = name.replace(theirs, original)
-        name = name.replace("sam_encoder.", "sam_model.").replace("vision_encoder.encoder.", "vision_model.transformer.")
+        name = name.replace("sam_encoder.", "sam_model.").replace(
+            "vision_encoder.encoder.", "vision_model.transformer."
+        )
         state["model." + name.replace("vision_encoder.", "vision_model.")] = value.clone()
     for name in [name for name in state if ".q_proj." in name]:
         parts = [state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
@@ -85,7 +88,9 @@ def checkpoint(tmp_path_factory):
 
 
 def random_pages(page_size: int, count: int = 2) -> torch.Tensor:
-    return torch.randint(0, 256, (count, page_size, page_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (count, page_size, page_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 @pytest.mark.parametrize("page_size", [512, 640])
@@ -142,7 +147,9 @@ def test_the_seeds_figures_on_the_meta_device():
     assert widths == {"sam-mid": 512, "sam": 1024, "sum": 1024, "concat": 2048}
     tokens = [
         build_encoder(
-            EncoderSettings(name="deepseek-ocr", settings={"page_size": size}), load_weights=False, device="meta"
+            EncoderSettings(name="deepseek-ocr", settings={"page_size": size}),
+            load_weights=False,
+            device="meta",
         ).tokens_per_page
         for size in (512, 640, 1024, 1280)
     ]
@@ -207,7 +214,7 @@ def test_spans_cover_the_page(checkpoint):
     covered = sorted(span for token in spans for span in token)
     assert covered[0][0] == page.text_start
     assert covered[-1][1] == page.text_end
-    assert all(end == start for (_, end), (start, _) in zip(covered, covered[1:], strict=False))
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(covered))
     assert text[slice(*spans[0][0])].startswith("The quick")
 
 

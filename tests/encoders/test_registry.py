@@ -20,7 +20,10 @@ def test_both_encoders_are_registered():
         (EncoderSettings(name="tesseract"), "unknown encoder 'tesseract'. Known: deepseek-ocr, pp-ocr"),
         (EncoderSettings(settings={"step_per_token": 2}), "Did you mean 'steps_per_token'?"),
         (EncoderSettings(settings={"steps_per_token": 0}), "steps_per_token=0: expected 1 or more"),
-        (EncoderSettings(name="deepseek-ocr", settings={"features": "clip"}), "encoder.settings.features='clip'"),
+        (
+            EncoderSettings(name="deepseek-ocr", settings={"features": "clip"}),
+            "encoder.settings.features='clip'",
+        ),
         (EncoderSettings(name="deepseek-ocr", settings={"page_size": 800}), "encoder.settings.page_size=800"),
     ],
 )

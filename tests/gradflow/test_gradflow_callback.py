@@ -41,14 +41,26 @@ class Cut(Composite):
 
 def trainer(tmp_path, model, callback, *, data=None, kind=Trainer, **settings):
     arguments = {
-        "output_dir": str(tmp_path), "max_steps": 4, "per_device_train_batch_size": 2, "report_to": "none",
-        "learning_rate": 1e-3, "lr_scheduler_type": "constant", "use_cpu": True, "logging_steps": 1,
-        "remove_unused_columns": False, "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False,
-    }  # fmt: skip
+        "output_dir": str(tmp_path),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
     return kind(
-        model=model, args=TrainingArguments(**{**arguments, **settings}), train_dataset=Data() if data is None else data,
-        data_collator=collate, callbacks=[] if callback is None else [callback],
-    )  # fmt: skip
+        model=model,
+        args=TrainingArguments(**{**arguments, **settings}),
+        train_dataset=Data() if data is None else data,
+        data_collator=collate,
+        callbacks=[] if callback is None else [callback],
+    )
 
 
 def losses(made):
@@ -68,9 +80,7 @@ def test_a_healthy_run_is_the_same_run_with_the_check(tmp_path):
         runs.append(losses(trainer(tmp_path, models[-1], callback)))
     assert runs[0] == runs[1]
     assert len(runs[0]) == 4
-    assert all(
-        torch.equal(value, models[1].state_dict()[key]) for key, value in models[0].state_dict().items()
-    )
+    assert all(torch.equal(value, models[1].state_dict()[key]) for key, value in models[0].state_dict().items())
     assert not models[1]._forward_hooks
 
 
@@ -107,12 +117,8 @@ def test_off_leaves_the_bare_error(tmp_path):
 def test_a_batch_without_memory_in_mid_run_is_explained(tmp_path):
     # The samples in between have no image; the check before the run meets the first two, which have.
     data = Data(bare=range(2, 12))
-    made = trainer(
-        tmp_path, Composite(), GradientFlowCallback("proj"), data=data, train_sampling_strategy="sequential"
-    )
-    with pytest.raises(
-        GradientFlowError, match=r"cut \(no-memory-in-batch\): the batch holds no memory"
-    ) as raised:
+    made = trainer(tmp_path, Composite(), GradientFlowCallback("proj"), data=data, train_sampling_strategy="sequential")
+    with pytest.raises(GradientFlowError, match=r"cut \(no-memory-in-batch\): the batch holds no memory") as raised:
         made.train()
     assert made.state.global_step == 1
     assert E0 in str(raised.value.__cause__)
@@ -163,7 +169,7 @@ def test_gradients_that_vanish_later_stop_the_run(tmp_path):
     made = trainer(tmp_path, Later(), GradientFlowCallback("proj", every=2), max_steps=20)
     with pytest.raises(
         GradientFlowError,
-        match="the last 3 optimizer steps up to step .* met no usable gradient in any trainable tensor",
+        match=r"the last 3 optimizer steps up to step .* met no usable gradient in any trainable tensor",
     ):
         made.train()
 
@@ -188,5 +194,5 @@ def test_explained_trainer_leaves_other_errors_alone(tmp_path):
         def splice(self, memory, embeds):
             raise RuntimeError("the disk is full")
 
-    with pytest.raises(RuntimeError, match="^the disk is full$"):
+    with pytest.raises(RuntimeError, match=r"^the disk is full$"):
         trainer(tmp_path, Failing(), None, kind=ExplainedTrainer).train()

@@ -14,9 +14,7 @@ from zoo_parts import CASES, Composite, batch
 
 from ocrmem.gradflow import Subject, draw_path, explain, path_tree, run_doctor, run_doctor_on
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::UserWarning"
-)  # the programs earn them
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # the programs earn them
 
 ZOO = Path(__file__).parent
 SCRIPT = """
@@ -162,11 +160,20 @@ def test_a_model_at_hand(capsys):
 def test_the_tree_of_a_cut():
     result = zoo.run(CASES["detach"])
     lines = path_tree(result.report, result.explanation, numbers=False).splitlines()
-    assert [line.split()[:2] for line in lines] == [
-        ["·", "llm.model.embed_tokens"], ["·", "encoder"], ["✓", "▶"], ["✓", "proj.first"], ["✓", "proj.last"],
-        ["✗", "detach"], ["✗", "llm"], ["✗", "llm.model"], ["✗", "llm.model.layers.0"], ["✗", "llm.model.norm"],
-        ["✗", "llm.lm_head"], ["✗", "loss"],
-    ]  # fmt: skip
+    assert [" ".join(line.split()[:2]) for line in lines] == [
+        "· llm.model.embed_tokens",
+        "· encoder",
+        "✓ ▶",
+        "✓ proj.first",
+        "✓ proj.last",
+        "✗ detach",
+        "✗ llm",
+        "✗ llm.model",
+        "✗ llm.model.layers.0",
+        "✗ llm.model.norm",
+        "✗ llm.lm_head",
+        "✗ loss",
+    ]
     assert [line.endswith("◀── the break") for line in lines].index(True) == 5
     assert sum("the break" in line for line in lines) == 1
     assert "Qwen3DecoderLayer ×2" in lines[8]
@@ -192,9 +199,7 @@ def test_every_verdict_can_be_drawn(name):
     words = " ".join(element.text or "" for element in root.iter() if element.tag.endswith("text"))
     assert (result.explanation.cause or "healthy") in words
     bottom = float(root.get("height"))
-    assert all(
-        float(e.get("y")) < bottom for e in root.iter() if e.tag.endswith(("rect", "text")) and e.get("y")
-    )
+    assert all(float(e.get("y")) < bottom for e in root.iter() if e.tag.endswith(("rect", "text")) and e.get("y"))
 
 
 def test_names_that_xml_must_escape():
@@ -206,10 +211,8 @@ def test_names_that_xml_must_escape():
         def splice(self, memory, embeds):
             return super().splice(self.get_submodule('a<b>&\x07"c')(memory), embeds)
 
-    report = zoo.run(CASES["eval_everywhere"]).report
     odd = Subject(model=Odd(), batch=batch(), trainable="proj").examine()
     assert 'a<b>& "c' in "".join(ElementTree.fromstring(draw_path(odd, explain(odd))).itertext())
-    assert report is not odd
 
 
 def test_the_confusion_table_is_one_command():

@@ -31,7 +31,7 @@ class Restless(Composite):
         self.seen, self.added = memory, "an attribute"
         self.encoder.eval()
         random.random()
-        np.random.rand()
+        np.random.rand()  # noqa: NPY002
         with torch.no_grad():
             self.llm.lm_head.weight.mul_(1.5)
         torch.set_grad_enabled(False)
@@ -51,7 +51,7 @@ def everything(model):
             len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
             for module in model.modules()
         ],
-        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),
+        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),  # noqa: NPY002
         "grad mode": torch.is_grad_enabled(),
     }
 
@@ -238,18 +238,18 @@ def test_memory_of_a_graph_is_freed():
     import gc
     import weakref
 
-    class Model(Composite):
-        watched = []
+    watched = []
 
+    class Model(Composite):
         def splice(self, memory, embeds):
             memory = memory * 2
-            self.watched.append(weakref.ref(memory))
+            watched.append(weakref.ref(memory))
             return super().splice(memory.detach(), embeds)
 
     report = verify_gradient_flow(Model(), batch(), "proj")
     gc.collect()
     assert report.exception is not None
-    assert all(reference() is None for reference in Model.watched)
+    assert all(reference() is None for reference in watched)
 
 
 @pytest.mark.parametrize(

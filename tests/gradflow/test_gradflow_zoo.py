@@ -6,9 +6,7 @@ from zoo_parts import CASES, Composite, subject
 
 from ocrmem.gradflow.explain import CAUSES, UNKNOWN, explain
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::UserWarning"
-)  # the programs earn them
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # the programs earn them
 
 OUTSIDE_THE_ZOO = {
     "cudnn-rnn-eval": "needs a GPU; its text is tested below",
@@ -39,9 +37,7 @@ def runnable(cases):
 @pytest.mark.parametrize("case", runnable(BROKEN))
 def test_a_broken_program_is_named(case):
     result = zoo.run(case)
-    assert (result.explanation.cause, result.explanation.verdict) == (case.cause, case.verdict), str(
-        result.explanation
-    )
+    assert (result.explanation.cause, result.explanation.verdict) == (case.cause, case.verdict), str(result.explanation)
     assert result.explanation.exit_code == (2 if case.verdict == "undecided" else 1)
     assert result.explanation.mend
     assert result.explanation.sentence
@@ -116,6 +112,5 @@ def test_a_break_that_is_none_of_ours_says_so_and_shows_where_the_chain_ends():
     explanation = explain(subject(Model()).examine())
     assert (explanation.cause, explanation.verdict) == (UNKNOWN, "silent")
     assert (
-        "no known cause; the chain is whole up to the loss, and what arrives through it is zero"
-        in explanation.sentence
+        "no known cause; the chain is whole up to the loss, and what arrives through it is zero" in explanation.sentence
     )

@@ -1,4 +1,5 @@
-"""The zoo's confusion table: `python tests/gradflow/zoo.py` runs every case, broken and mended, and prints it."""
+"""The zoo's confusion table: `python tests/gradflow/zoo.py` runs every case, broken and mended, and prints
+it."""
 
 from __future__ import annotations
 
@@ -30,11 +31,7 @@ class Result:
     def right(self) -> bool:
         """Cause, verdict and warning are as the case says."""
         warned = self.case.warning is None or self.case.warning in {w.id for w in self.explanation.warnings}
-        return (
-            self.explanation.cause == self.case.cause
-            and self.explanation.verdict == self.case.verdict
-            and warned
-        )
+        return self.explanation.cause == self.case.cause and self.explanation.verdict == self.case.verdict and warned
 
 
 def available(case: Case) -> bool:
@@ -64,7 +61,8 @@ def main() -> int:
         wrong += not good
         print(
             f"{case.name:46} {case.cause or 'healthy':34} {result.explanation.cause or 'healthy':34} "
-            f"{result.explanation.verdict:9} {mended.explanation.verdict:9}{'' if good else '  <-- off the diagonal'}"
+            f"{result.explanation.verdict:9} "
+            f"{mended.explanation.verdict:9}{'' if good else '  <-- off the diagonal'}"
         )
     broken = sum(case.cause is not None for case in CASES.values())
     print(f"{broken} broken, {len(CASES) - broken} harmless, {wrong} off the diagonal")

@@ -169,9 +169,7 @@ def no_memory_and_reentrant_checkpointing(mended: bool = False) -> Subject:
     model = Composite()
     layer = model.llm.model.layers[0]
     inner = layer.forward
-    layer.forward = lambda hidden, **kwargs: checkpoint(
-        lambda h: inner(h, **kwargs), hidden, use_reentrant=True
-    )
+    layer.forward = lambda hidden, **kwargs: checkpoint(lambda h: inner(h, **kwargs), hidden, use_reentrant=True)
     return subject(model, batch(images=mended))
 
 
@@ -210,9 +208,7 @@ def reentrant_projection(mended: bool = False) -> Subject:
 def reentrant_encoder_and_projection(mended: bool = False) -> Subject:
     class Model(Composite):
         def encode(self, images):
-            return checkpoint(
-                lambda pixels: self.proj(self.encoder(pixels)), images, use_reentrant=not mended
-            )
+            return checkpoint(lambda pixels: self.proj(self.encoder(pixels)), images, use_reentrant=not mended)
 
         def project(self, features):
             return features
@@ -370,9 +366,7 @@ def written_into_embedding_weight(mended: bool = False) -> Subject:
         def forward(self, input_ids, labels, images):
             memory = self.project(self.encode(images[:1]))
             if mended:
-                embeds = torch.cat(
-                    [memory.expand(len(input_ids), -1, -1), self.embed(input_ids)[:, TOKENS:]], dim=1
-                )
+                embeds = torch.cat([memory.expand(len(input_ids), -1, -1), self.embed(input_ids)[:, TOKENS:]], dim=1)
                 return self.llm(inputs_embeds=embeds, labels=labels)
             with torch.no_grad():
                 self.llm.get_input_embeddings().weight[:TOKENS] = memory[0]

@@ -135,9 +135,7 @@ def reentrant_layers_share_memory(mended: bool = False) -> Subject:
             memory = embeds[:, :TOKENS]
             hidden = embeds[:, TOKENS:].detach().requires_grad_(True)
             for _ in range(2):
-                hidden = checkpoint(
-                    lambda h: h + memory.mean(dim=1, keepdim=True), hidden, use_reentrant=not mended
-                )
+                hidden = checkpoint(lambda h: h + memory.mean(dim=1, keepdim=True), hidden, use_reentrant=not mended)
             return self.llm(inputs_embeds=hidden, labels=labels[:, TOKENS:])
 
     return subject(Model())
@@ -216,7 +214,5 @@ def modules_to_save_suffix(mended: bool = False) -> Subject:
     from peft import LoraConfig, get_peft_model
 
     name, model = ("mem_projector", RenamedProjection()) if mended else ("proj", Composite())
-    model = get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=[name])
-    )
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=[name]))
     return subject(model, trainable=name)

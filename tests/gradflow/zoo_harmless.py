@@ -1,4 +1,5 @@
-"""Table D: what looks like a break and is none. Most have nothing to mend; `mended` is there for the common shape."""
+"""Table D: what looks like a break and is none. Most have nothing to mend; `mended` is there for the common
+shape."""
 
 from __future__ import annotations
 
@@ -182,9 +183,7 @@ def left_padding_gpt2_with_positions(mended: bool = False) -> Subject:
     class Model(Composite):
         def predict(self, embeds, labels, attention_mask):
             positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-            return self.llm(
-                inputs_embeds=embeds, labels=labels, attention_mask=attention_mask, position_ids=positions
-            )
+            return self.llm(inputs_embeds=embeds, labels=labels, attention_mask=attention_mask, position_ids=positions)
 
     data = batch()
     data["attention_mask"] = torch.ones_like(data["input_ids"])

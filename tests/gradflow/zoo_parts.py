@@ -1,7 +1,7 @@
 """Small real parts for the zoo: a two-layer random LLM, a convolutional encoder, a projection, a batch.
 
-Every case is a function that builds one `Subject`: broken as a user would break it, or, with `mended=True`, with the
-one-line mend. `python -m ocrmem doctor tests/gradflow/zoo_cuts.py:detach` runs one.
+Every case is a function that builds one `Subject`: broken as a user would break it, or, with `mended=True`,
+with the one-line mend. `python -m ocrmem doctor tests/gradflow/zoo_cuts.py:detach` runs one.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def case(
     def register(make: Callable[..., Subject]) -> Callable[..., Subject]:
         name = make.__name__
         there = CASES.get(name)  # the doctor imports a zoo file a second time when it is its target
-        assert there is None or there.make.__code__.co_filename == make.__code__.co_filename, (
-            f"two cases: {name}"
-        )
+        assert there is None or there.make.__code__.co_filename == make.__code__.co_filename, f"two cases: {name}"
         CASES[name] = Case(
             name=name,
             table=table,
@@ -106,9 +104,7 @@ def tiny_llm(kind: str = "qwen3", **settings: Any) -> Any:
             )
         )
     else:
-        config, model = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[
-            kind
-        ]
+        config, model = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
         extra = {
             "intermediate_size": 96,
             "num_key_value_heads": 2,
@@ -218,6 +214,4 @@ def batch(*, images: bool = True, samples: int = 2) -> dict[str, torch.Tensor]:
 
 def subject(model: nn.Module, data: Any = None, **settings: Any) -> Subject:
     """The usual subject: the projection should learn."""
-    return Subject(
-        **{"model": model, "batch": batch() if data is None else data, "trainable": "proj", **settings}
-    )
+    return Subject(**{"model": model, "batch": batch() if data is None else data, "trainable": "proj", **settings})

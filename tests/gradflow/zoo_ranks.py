@@ -1,7 +1,8 @@
-"""Table E: two real processes (gloo), rank 1 without memory in its batch; `python tests/gradflow/zoo_ranks.py`.
+"""Table E: two real processes (gloo), rank 1 without memory in its batch; `python
+tests/gradflow/zoo_ranks.py`.
 
-Each scenario builds its model on both ranks and lets both run the probe. The broken ones would hang for real; that
-none of them does is part of what is shown.
+Each scenario builds its model on both ranks and lets both run the probe. The broken ones would hang for real;
+that none of them does is part of what is shown.
 """
 
 from __future__ import annotations
@@ -48,9 +49,7 @@ def scenario(
     """Register a scenario; None: healthy."""
 
     def register(make: Callable[[int], Subject]) -> Callable[[int], Subject]:
-        SCENARIOS[make.__name__] = Scenario(
-            cause=cause, verdict="healthy" if cause is None else verdict, make=make
-        )
+        SCENARIOS[make.__name__] = Scenario(cause=cause, verdict="healthy" if cause is None else verdict, make=make)
         return make
 
     return register
@@ -217,9 +216,7 @@ def main() -> int:
     wrong = 0
     print(f"{'scenario':40} {'expected':26} {'rank 0':26} {'rank 1':26}")
     for name, case in SCENARIOS.items():
-        good = all(
-            r[name]["cause"] == case.cause and r[name]["verdict"] == case.verdict for r in (first, second)
-        )
+        good = all(r[name]["cause"] == case.cause and r[name]["verdict"] == case.verdict for r in (first, second))
         wrong += not good
         named = [result[name]["cause"] or result[name]["verdict"] for result in (first, second)]
         print(f"{name:40} {case.cause or 'healthy':26} {named[0]:26} {named[1]:26}{'' if good else '  <--'}")

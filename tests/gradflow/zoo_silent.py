@@ -344,9 +344,7 @@ def optimizer_before_get_peft_model(mended: bool = False) -> Subject:
 
     model = RenamedProjection()
     optimizer = torch.optim.AdamW(model.mem_projector.parameters())
-    peft_model = get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mem_projector"])
-    )
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mem_projector"]))
     if mended:
         optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad])
     return subject(peft_model, trainable="mem_projector", optimizer=optimizer)

@@ -86,9 +86,7 @@ def chitchat(number: int, *, min_turns: int = 6) -> tuple[Conversation, ...]:
     return tuple(c for c in conversations if len(c.messages) >= min_turns)[:number]
 
 
-def make_processor(
-    tokenizer: Any = None, *, store: Any = None, scale: float = 1.0, **settings: Any
-) -> MEMProcessor:
+def make_processor(tokenizer: Any = None, *, store: Any = None, scale: float = 1.0, **settings: Any) -> MEMProcessor:
     """A processor with the pooling encoder; keyword arguments are memory settings."""
     return MEMProcessor(
         tokenizer or shared_tokenizer(),

@@ -28,9 +28,7 @@ def test_chatml_keeps_the_default_system_text():
     text = chat.text(question, add_generation_prompt=True, num_placeholders=2)
     plain = chat.text(question, add_generation_prompt=True)
     assert "SmolLM, trained by Hugging Face" in plain
-    assert text == plain.replace(
-        "Hugging Face<|im_end|>", f"Hugging Face\n\n{HEADER}{TOKEN}{TOKEN}<|im_end|>"
-    )
+    assert text == plain.replace("Hugging Face<|im_end|>", f"Hugging Face\n\n{HEADER}{TOKEN}{TOKEN}<|im_end|>")
 
 
 def test_chatml_memory_follows_the_system_text():
@@ -76,9 +74,7 @@ def test_gemma_takes_what_does_not_alternate():
         Message("system", "later"),
     ]
     text = (
-        chat.text(messages, add_generation_prompt=True)
-        .replace("<start_of_turn>", "|")
-        .replace("<end_of_turn>\n", "")
+        chat.text(messages, add_generation_prompt=True).replace("<start_of_turn>", "|").replace("<end_of_turn>\n", "")
     )
     assert text.endswith("|user\n|model\nfirst|user\na\nb|model\nc|user\ntool: 42\nsystem: later|model\n")
 
@@ -102,9 +98,7 @@ def test_counts_are_those_of_the_template(name, has_system):
     chat = chat_format(TEMPLATES.get(name))
     for conversation in chitchat(20):
         messages = [*([Message("system", "You are Ann.")] if has_system else []), *conversation.messages]
-        messages = messages[
-            : len(messages) // 2 * 2 - (0 if has_system else 1)
-        ]  # ends with the user, as it began
+        messages = messages[: len(messages) // 2 * 2 - (0 if has_system else 1)]  # ends with the user, as it began
         lengths = chat.content_lengths([message.content for message in messages])
         rest = messages[1:] if has_system else messages
         counted = chat.base_length(has_system=has_system) + sum(lengths)
@@ -128,9 +122,7 @@ def test_reply_tail():
     assert chat_format().num_reply_tail == 1  # the line break after <|im_end|>
     assert chat_format(TEMPLATES["mistral"]).num_reply_tail == 0
     assert chat_format(GEMMA).num_reply_tail == 1
-    assert (
-        chat_format("{% for m in messages %}{{ m.role + m.content + 'end' }}{% endfor %}").num_reply_tail == 0
-    )
+    assert chat_format("{% for m in messages %}{{ m.role + m.content + 'end' }}{% endfor %}").num_reply_tail == 0
 
 
 def test_placeholder_in_content_and_header_is_escaped():
@@ -144,21 +136,20 @@ def test_placeholder_in_content_and_header_is_escaped():
 def test_errors():
     tokenizer = smollm2()
     tokenizer.chat_template = None
-    with pytest.raises(
-        ConfigError, match=r"has no chat template\. Use an instruct model's tokenizer, or set"
-    ):
+    with pytest.raises(ConfigError, match=r"has no chat template\. Use an instruct model's tokenizer, or set"):
         ChatFormat(tokenizer, memory_token=TOKEN, header="")
     with pytest.raises(ConfigError, match="does not write a user message's text"):
         chat_format("{{ 'nothing' }}")
     broken = LLAMA + "{% if messages | length > 3 %}{{ raise_exception('too long for me') }}{% endif %}"
-    with pytest.raises(
-        DataError, match=r"refuses these turns \(user, assistant, user, assistant\): too long for me"
-    ):
+    with pytest.raises(DataError, match=r"refuses these turns \(user, assistant, user, assistant\): too long for me"):
         chat_format(broken).text(turns("a", "b", "c", "d"), add_generation_prompt=False)
 
 
 def test_num_leading_system():
     system, user = Message("system", ""), Message("user", "")
-    assert [
-        num_leading_system(m) for m in ([], [user, system], [system, system, user, system], [system])
-    ] == [0, 0, 2, 1]
+    assert [num_leading_system(m) for m in ([], [user, system], [system, system, user, system], [system])] == [
+        0,
+        0,
+        2,
+        1,
+    ]

@@ -18,9 +18,7 @@ def test_smollm2_has_one():
     assert index not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
 
 
-@pytest.mark.parametrize(
-    "token", ["<|image_pad|>", "<|reserved_special_token_0|>", "<unused0>", "<my_unused_3>"]
-)
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|reserved_special_token_0|>", "<unused0>", "<my_unused_3>"])
 def test_reserved_tokens_of_other_families_come_first(token):
     tokenizer = smollm2()
     tokenizer.add_tokens([AddedToken(token, special=True)])

@@ -15,9 +15,7 @@ BASE, SEPARATORS = 10, 8
 
 def counted(roles, lengths):
     """Counts of messages whose lengths, overhead included, are given."""
-    messages = tuple(
-        Message({"s": "system", "u": "user", "a": "assistant", "t": "tool"}[r], "") for r in roles
-    )
+    messages = tuple(Message({"s": "system", "u": "user", "a": "assistant", "t": "tool"}[r], "") for r in roles)
     ends, last_user, last = [0], [-1], -1
     for i, (message, length) in enumerate(zip(messages, lengths, strict=True)):
         ends.append(ends[-1] + length)

@@ -36,7 +36,11 @@ def test_a_loaded_adapter_gives_the_same_logits(saved):
 
 def test_the_folder_holds_the_projection_alone(saved):
     model, folder = saved
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter.safetensors", "config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "adapter.safetensors",
+        "config.json",
+    ]
     assert set(load_file(folder / "adapter.safetensors")) == set(model.proj.state_dict())
     config = json.loads((folder / "config.json").read_text())
     assert config["llm"]["hidden_size"] == 24

@@ -53,7 +53,12 @@ def test_golden_loss_curve(straight):
 
 @pytest.mark.parametrize(
     ("kill", "step", "last_whole"),
-    [("--kill-at-step", 4, 2), ("--kill-at-step", 5, 4), ("--kill-while-saving", 4, 2), ("--kill-while-saving", 6, 4)],
+    [
+        ("--kill-at-step", 4, 2),
+        ("--kill-at-step", 5, 4),
+        ("--kill-while-saving", 4, 2),
+        ("--kill-while-saving", 6, 4),
+    ],
 )
 def test_a_killed_run_goes_on_exactly(straight, tmp_path, kill, step, last_whole):
     killed = run(tmp_path, kill, step)
@@ -71,7 +76,13 @@ def test_checkpoints_hold_the_adapter_alone(tmp_path):
     trainer.train()
     checkpoint = last_checkpoint(tmp_path)
     names = {path.name for path in checkpoint.iterdir()}
-    assert {"adapter.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= names
+    assert {
+        "adapter.safetensors",
+        "config.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+    } <= names
     assert not names & {"model.safetensors", "pytorch_model.bin", "training_args.bin"}
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     assert len(state["state"]) == len(list(trainer.model.proj.parameters()))
@@ -102,7 +113,12 @@ def test_features_are_encoded_once(tmp_path):
 
 def test_save_total_limit_and_best_checkpoint(tmp_path):
     trainer = build_trainer(
-        tmp_path, steps=8, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, prediction_loss_only=True
+        tmp_path,
+        steps=8,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        prediction_loss_only=True,
     )
     trainer.train()
     kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
@@ -133,7 +149,9 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_step(tmp_path):
     hook = trainer.model.proj.linear2.weight.register_hook(
         lambda grad: grad * float("nan") if trainer.state.global_step == 3 else grad
     )
-    with pytest.raises(TrainingError, match="gradient of the projection is not finite at step 4, so the run was stopped"):
+    with pytest.raises(
+        TrainingError, match="gradient of the projection is not finite at step 4, so the run was stopped"
+    ):
         trainer.train()
     hook.remove()
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.proj.parameters())

@@ -1,6 +1,6 @@
 """Trains the tiny model; run by the tests as a process of its own, alone or under torchrun.
 
-    python worker.py RUN_DIR [--steps N] [--kill-at-step K] [--kill-while-saving K] [--lonely-rank R] [--checkpointing]
+python worker.py RUN_DIR [--steps N] [--kill-at-step K] [--kill-while-saving K] [--lonely-rank R] [--checkpointing]
 """
 
 from __future__ import annotations
@@ -110,7 +110,11 @@ def main() -> None:
     overrides = {"gradient_checkpointing": True} if options.checkpointing else {}
     lonely = frozenset()
     if options.lonely_rank is not None:
-        overrides |= {"ddp_backend": "gloo", "train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
+        overrides |= {
+            "ddp_backend": "gloo",
+            "train_sampling_strategy": "sequential",
+            "per_device_train_batch_size": 1,
+        }
         lonely = frozenset(range(options.lonely_rank, 24, 2))
     trainer = build_trainer(options.run_dir, steps=options.steps, lonely=lonely, **overrides)
     if options.kill_at_step is not None:

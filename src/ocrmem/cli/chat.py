@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,8 @@ def command(
         typer.Argument(help="Earlier conversation: a JSONL file (its first line), a text file, or - for stdin."),
     ] = None,
     question: Annotated[
-        str | None, typer.Option("--question", "-q", help="Ask this and exit. None: read questions from the terminal.")
+        str | None,
+        typer.Option("--question", "-q", help="Ask this and exit. None: read questions from the terminal."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
@@ -99,7 +100,9 @@ def answer(
         print(prompt.split.summary(), file=sys.stderr)
     batch = processor([messages], device=model.device)
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
     ids = model.generate(
         **batch,
         max_new_tokens=max_new_tokens,
@@ -107,7 +110,8 @@ def answer(
         streamer=streamer,
         **sampling,
     )
-    reply = processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    new_ids = ids[0, batch["input_ids"].shape[1] :]
+    reply = str(processor.tokenizer.decode(new_ids, skip_special_tokens=True)).strip()
     if as_json:
         print(json.dumps({"answer": reply, "pages": len(prompt.pages), **prompt.split.as_json()}), flush=True)
     return reply

@@ -15,7 +15,8 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNG pages.")],
     encoder: Annotated[str, typer.Option(help="Whose page settings to use: pp-ocr or deepseek-ocr.")] = "pp-ocr",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A page setting, for example font_size=12.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A page setting, for example font_size=12."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -66,4 +67,6 @@ def read_texts(file: str) -> list[tuple[str, str]]:
     try:
         return [(path.stem, path.read_text(encoding="utf-8", errors="surrogateescape"))]
     except OSError as error:
-        raise DataError(f"{file!r} cannot be read: {error.strerror or error}. Give a text file, or - for stdin.") from None
+        raise DataError(
+            f"{file!r} cannot be read: {error.strerror or error}. Give a text file, or - for stdin."
+        ) from None

@@ -28,8 +28,9 @@ class DeepSeekOCRSettings:
     """DeepSeek-OCR's DeepEncoder: SAM-ViT-B, a 16x convolutional compressor, CLIP-L."""
 
     features: Literal["sam-mid", "sam", "sum", "concat"] = "concat"
-    """Which features are read: `sam-mid` (512 wide, between the two down-sampling convolutions, averaged to the final grid), `sam` (1,024),
-    `sum` (1,024, SAM + CLIP) or `concat` (2,048, CLIP and SAM side by side: what DeepSeek-OCR itself feeds on)."""
+    """Which features are read: `sam-mid` (512 wide, between the two down-sampling convolutions, averaged to the final
+    grid), `sam` (1,024), `sum` (1,024, SAM + CLIP) or `concat` (2,048, CLIP and SAM side by side: what DeepSeek-OCR
+    itself feeds on)."""
     page_size: Literal[512, 640, 1024, 1280] = 1024
     """Side of the square page in pixels: 64, 100, 256 or 400 memory tokens."""
 

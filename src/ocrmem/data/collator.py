@@ -11,6 +11,7 @@ import torch
 from ocrmem.errors import ConfigError
 from ocrmem.model.label_loss import IGNORE_INDEX
 
+
 @dataclass(frozen=True)
 class MEMCollator:
     """Pads samples of a `MEMDataset` into a batch for `MEMModel`.
@@ -43,9 +44,7 @@ class MEMCollator:
         longest = -(-max(len(sample["input_ids"]) for sample in samples) // multiple) * multiple
         batch: dict[str, Any] = {
             "input_ids": self._pad([sample["input_ids"] for sample in samples], longest, self.pad_token_id),
-            "attention_mask": self._pad(
-                [torch.ones_like(sample["input_ids"]) for sample in samples], longest, 0
-            ),
+            "attention_mask": self._pad([torch.ones_like(sample["input_ids"]) for sample in samples], longest, 0),
             "labels": self._pad([sample["labels"] for sample in samples], longest, IGNORE_INDEX),
         }
         keys = [key for sample in samples for key in sample["page_keys"]]

@@ -79,8 +79,7 @@ def read_conversations(
         found = f"{len(bad_lines)} broken lines and nothing else" if bad_lines else "no lines"
         first = f" The first is line {bad_lines[0][0]}: {bad_lines[0][1]}" if bad_lines else ""
         raise DataError(
-            f'conversation file {str(path)!r} has {found}; expected one {{"messages": […]}} object a line.'
-            f"{first}"
+            f'conversation file {str(path)!r} has {found}; expected one {{"messages": […]}} object a line.{first}'
         )
     return ConversationFile(conversations, bad_lines)
 
@@ -123,9 +122,7 @@ def parse_conversation(value: Any, *, source: str, require_reply: bool = True) -
         raise DataError(f'{source}: expected an object {{"messages": […]}}, got {_kind(value)}.')
     if "messages" not in value:
         keys = ", ".join(repr(str(key)) for key in list(value)[:8]) or "no keys"
-        raise DataError(
-            f'{source}: the object has no "messages"; its keys are {keys}. Put the turns into "messages".'
-        )
+        raise DataError(f'{source}: the object has no "messages"; its keys are {keys}. Put the turns into "messages".')
     messages = value["messages"]
     if not isinstance(messages, list):
         raise DataError(f'{source}: "messages" is {_kind(messages)}, expected a list of messages.')
@@ -195,11 +192,7 @@ def _content(value: Any, *, where: str) -> str:
     if not isinstance(value, list):
         raise DataError(f"{where}: content is {_kind(value)}, expected a string or a list of text parts.")
     for i, part in enumerate(value):
-        if (
-            not isinstance(part, Mapping)
-            or part.get("type") != "text"
-            or not isinstance(part.get("text"), str)
-        ):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = f"of type {part.get('type')!r}" if isinstance(part, Mapping) else _kind(part)
             raise DataError(f'{where}: content part {i} is {kind}, expected {{"type": "text", "text": "…"}}.')
     return "".join(part["text"] for part in value)

@@ -111,13 +111,9 @@ class MEMProcessor:
         if tokenizer is None:
             from ocrmem.model.llm import load_tokenizer
 
-            tokenizer = load_tokenizer(
-                (model.config.llm or {}).get("name", model.base_llm_model.name_or_path)
-            )
+            tokenizer = load_tokenizer((model.config.llm or {}).get("name", model.base_llm_model.name_or_path))
         if model.config.memory_token is None or model.config.memory_token_id is None:
-            raise ConfigError(
-                "the model's config has no memory_token; build it with MEMConfig.from_settings."
-            )
+            raise ConfigError("the model's config has no memory_token; build it with MEMConfig.from_settings.")
         return cls(
             tokenizer,
             encoder=model.ocr_embed,

@@ -28,7 +28,9 @@ def find_shards(folder: Path) -> dict[str, Path]:
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{str(index)!r} is no safetensors index ({error!r}); fetch the checkpoint again.") from error
+            raise CheckpointError(
+                f"{str(index)!r} is no safetensors index ({error!r}); fetch the checkpoint again."
+            ) from error
         files = [folder / name for name in sorted(set(names.values()))]
     else:
         files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
@@ -46,7 +48,9 @@ def _names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{str(path)!r} is missing, truncated or no safetensors ({error}); fetch it again.") from error
+        raise CheckpointError(
+            f"{str(path)!r} is missing, truncated or no safetensors ({error}); fetch it again."
+        ) from error
 
 
 @torch.no_grad()
@@ -83,5 +87,6 @@ def _refuse(wrong: list[str], folder: Path) -> None:
     if wrong:
         shown = "; ".join(sorted(wrong)[:6]) + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else "")
         raise CheckpointError(
-            f"checkpoint {str(folder)!r} does not fit the encoder: {shown}. Give the original DeepSeek-OCR checkpoint, whole."
+            f"checkpoint {str(folder)!r} does not fit the encoder: {shown}. Give the original "
+            "DeepSeek-OCR checkpoint, whole."
         )

@@ -43,6 +43,8 @@ class CLIPEncoder(nn.Module):
 class Embeddings(nn.Module):
     """The class token in front, positions added. Both are buffers: they are constants, and no parameters."""
 
+    class_embedding: torch.Tensor
+
     def __init__(self, sizes: CLIPSizes) -> None:
         super().__init__()
         self.register_buffer("class_embedding", torch.zeros(sizes.width))

@@ -36,14 +36,15 @@ class SAMSizes:
 
 
 class SAMEncoder(nn.Module):
-    """Pixels to a feature map: [P, 512, h/2, w/2] after `net_2`, [P, 1024, h/4, w/4] after `net_3`, for h × w patches."""
+    """Pixels to a feature map; of h × w patches [P, 512, h/2, w/2] after `net_2`, [P, 1024, h/4, w/4] after `net_3`."""
 
     def __init__(self, sizes: SAMSizes) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(sizes)
         self.pos_embed = nn.Parameter(torch.zeros(1, sizes.grid, sizes.grid, sizes.width))
         self.blocks = nn.ModuleList(
-            Block(sizes, window=0 if layer in sizes.global_layers else sizes.window) for layer in range(sizes.num_layers)
+            Block(sizes, window=0 if layer in sizes.global_layers else sizes.window)
+            for layer in range(sizes.num_layers)
         )
         self.neck = nn.Sequential(
             nn.Conv2d(sizes.width, sizes.neck_width, 1, bias=False),
@@ -161,7 +162,11 @@ def resize_positions(positions: torch.Tensor, height: int, width: int) -> torch.
     if positions.shape[1:3] == (height, width):
         return positions
     resized = F.interpolate(
-        positions.permute(0, 3, 1, 2).float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
+        positions.permute(0, 3, 1, 2).float(),
+        size=(height, width),
+        mode="bicubic",
+        antialias=True,
+        align_corners=False,
     )
     return resized.permute(0, 2, 3, 1).to(positions.dtype)
 

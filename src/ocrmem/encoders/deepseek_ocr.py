@@ -68,8 +68,8 @@ class DeepSeekOCREncoder(OCREncoder):
     def load_checkpoint(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             raise ConfigError(
-                "encoder 'deepseek-ocr' needs its weights: set encoder.checkpoint to a hub id (deepseek-ai/DeepSeek-OCR) "
-                "or to a folder with the original checkpoint's safetensors."
+                "encoder 'deepseek-ocr' needs its weights: set encoder.checkpoint to a hub id "
+                "(deepseek-ai/DeepSeek-OCR) or to a folder with the original checkpoint's safetensors."
             )
         folder = resolve(checkpoint)
         load_strictly(self.sam_model, folder, prefix="model.sam_model.")
@@ -78,7 +78,12 @@ class DeepSeekOCREncoder(OCREncoder):
     @property
     def feature_width(self) -> int:
         sizes = self._sam_sizes
-        widths = {"sam-mid": sizes.mid_width, "sam": sizes.out_width, "sum": sizes.out_width, "concat": 2 * sizes.out_width}
+        widths = {
+            "sam-mid": sizes.mid_width,
+            "sam": sizes.out_width,
+            "sum": sizes.out_width,
+            "concat": 2 * sizes.out_width,
+        }
         return widths[self.features]
 
     @property
@@ -126,7 +131,7 @@ def check_page(page: RenderSettings, page_size: int) -> None:
     """Raise unless the page is a square of the encoder's page size."""
     if (page.page_width, page.page_height) != (page_size, page_size):
         raise PageSizeError(
-            f"encoder 'deepseek-ocr' with page_size={page_size} takes pages of {page_size} × {page_size} pixels, but the "
-            f"page settings say {page.page_width} × {page.page_height}. Set encoder.settings.page_size (512, 640, 1024 "
-            "or 1280) or the page settings to match."
+            f"encoder 'deepseek-ocr' with page_size={page_size} takes pages of {page_size} × {page_size} pixels, but "
+            f"the page settings say {page.page_width} × {page.page_height}. Set "
+            "encoder.settings.page_size (512, 640, 1024 or 1280) or the page settings to match."
         )

@@ -14,7 +14,9 @@ from typing import Self
 import numpy as np
 import torch
 from transformers import PPOCRV6SmallRecConfig
-from transformers.models.pp_ocrv6_small_rec.modeling_pp_ocrv6_small_rec import PPOCRV6SmallRecForTextRecognition
+from transformers.models.pp_ocrv6_small_rec.modeling_pp_ocrv6_small_rec import (
+    PPOCRV6SmallRecForTextRecognition,
+)
 
 from ocrmem.assets.fetch import resolve
 from ocrmem.config.encoder import PPOCRSettings
@@ -58,7 +60,9 @@ class PPOCREncoder(OCREncoder):
         self.recogniser = PPOCRV6SmallRecForTextRecognition(config)
         self.recogniser.head.encoder.norm.eps = 1e-6
         fold_norms(self.recogniser)
-        self.recogniser.to(memory_format=torch.channels_last)  # twice as fast as the default on a CPU
+        for parameter in self.recogniser.parameters():
+            if parameter.ndim == 4:  # twice as fast on a CPU as the default memory format
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._characters: list[str] = []
 
     @classmethod
@@ -158,4 +162,6 @@ def check_page(page: RenderSettings, steps_per_token: int) -> None:
     if page.page_height % LINE_HEIGHT:
         problems.append(f"page_height={page.page_height}, expected a multiple of {LINE_HEIGHT}")
     if problems:
-        raise PageSizeError(f"encoder 'pp-ocr' cannot read such pages: {'; '.join(problems)}. Change the page settings.")
+        raise PageSizeError(
+            f"encoder 'pp-ocr' cannot read such pages: {'; '.join(problems)}. Change the page settings."
+        )

@@ -21,7 +21,9 @@ from torch import nn
 from ocrmem.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers.models.pp_ocrv6_small_rec.modeling_pp_ocrv6_small_rec import PPOCRV6SmallRecForTextRecognition
+    from transformers.models.pp_ocrv6_small_rec.modeling_pp_ocrv6_small_rec import (
+        PPOCRV6SmallRecForTextRecognition,
+    )
 
 CHARACTERS_KEY = "character"
 """ONNX metadata entry with the characters of the classes, one a line; class 0, the CTC blank, is not in it."""
@@ -52,7 +54,12 @@ class OnnxWeights:
                 self.convolutions.append(self._convolution(node))
             elif node.op_type == "MatMul" and (weight := self._constant(node, 1)) is not None:
                 self.linears.append((weight.T, self._following(node, "Add", weight.shape[1])))
-            elif node.op_type == "Mul" and (scale := self._constant(node, 1)) is not None and scale.ndim == 1 and len(scale) > 1:
+            elif (
+                node.op_type == "Mul"
+                and (scale := self._constant(node, 1)) is not None
+                and scale.ndim == 1
+                and len(scale) > 1
+            ):
                 self.norms.append((scale, self._following(node, "Add", len(scale))))
 
     def _constant(self, node: Any, position: int) -> np.ndarray | None:
@@ -110,7 +117,9 @@ def load_onnx(model: PPOCRV6SmallRecForTextRecognition, weights: OnnxWeights) ->
         CheckpointError: the number of layers, or the shape of one, differs.
     """
     encoder = model.head.encoder
-    norms, linears = [], []
+    norms: list[Any] = []
+    linears: list[Any] = []
+    block: Any
     for block in encoder.svtr_block:
         norms += [block.layer_norm1, block.layer_norm2]
         linears += [block.self_attn.qkv, block.self_attn.projection, block.mlp.fc1, block.mlp.fc2]

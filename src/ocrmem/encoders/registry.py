@@ -33,7 +33,9 @@ def encoder_class(name: str) -> type[OCREncoder]:
     Raises:
         ConfigError: nothing is; or what an installed package registered is no encoder.
     """
-    target = BUILT_IN.get(name) or next((entry.value for entry in entry_points(group=GROUP) if entry.name == name), None)
+    target = BUILT_IN.get(name) or next(
+        (entry.value for entry in entry_points(group=GROUP) if entry.name == name), None
+    )
     if target is None:
         raise ConfigError(
             f"unknown encoder {name!r}. {nearest(name, encoder_names())} A package adds one by an entry point in the "
@@ -43,7 +45,9 @@ def encoder_class(name: str) -> type[OCREncoder]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"encoder {name!r} is registered as {target!r}, which cannot be imported: {error}.") from error
+        raise ConfigError(
+            f"encoder {name!r} is registered as {target!r}, which cannot be imported: {error}."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, OCREncoder)):
         raise ConfigError(f"encoder {name!r} is registered as {target!r}, which is no subclass of OCREncoder.")
     return found

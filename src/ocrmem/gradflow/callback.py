@@ -1,4 +1,5 @@
-"""The check inside `transformers.Trainer`: before the first step, at every loss, and now and then at the optimizer."""
+"""The check inside `transformers.Trainer`: before the first step, at every loss, and now and then at the
+optimizer."""
 
 from __future__ import annotations
 
@@ -30,16 +31,17 @@ ASK_ANOTHER_BATCH = frozenset({"anchored-batch", "no-memory-hidden", "splice-mat
 """Verdicts that a batch without memory gives in a run that is otherwise sound."""
 
 PATIENCE = 3
-"""Steps in a row without a usable gradient after which the run is stopped. A step of batches without memory, or one
-that a loss scaler skips, is no reason to stop."""
+"""Steps in a row without a usable gradient after which the run is stopped. A step of batches without memory,
+or one that a loss scaler skips, is no reason to stop."""
 
 
 class GradientFlowCallback(TrainerCallback):
     """Stops a run that cannot learn before an optimizer step is taken, and says why.
 
-    Before training it runs one forward and backward on a batch of the training data (on further ones where that has
-    no memory), and restores everything. During training it looks at one attribute of each loss: a loss without a
-    graph is explained at once, with the bare RuntimeError chained. Every `every` steps it looks at the gradients.
+    Before training it runs one forward and backward on a batch of the training data (on further ones where
+    that has no memory), and restores everything. During training it looks at one attribute of each loss: a
+    loss without a graph is explained at once, with the bare RuntimeError chained. Every `every` steps it
+    looks at the gradients.
 
     Args:
         trainable: the part that should learn, as for `verify_gradient_flow`.
@@ -47,7 +49,8 @@ class GradientFlowCallback(TrainerCallback):
         every: optimizer steps between two looks at the gradients; 0: never.
         num_batches: batches to try, spread over the data, until one with memory is met.
         loss_fn: as for `verify_gradient_flow`; needed where the model returns no loss.
-        prepare: turns a collated batch into what the model takes, as the trainer's own `_prepare_inputs` does. None:
+        prepare: turns a collated batch into what the model takes, as the trainer's own `_prepare_inputs`
+            does. None:
             its tensors are moved to the training device.
 
     Raises:
@@ -128,8 +131,10 @@ class GradientFlowCallback(TrainerCallback):
         if self._bad_steps >= PATIENCE:
             self._bad_steps = 0
             self._complain(
-                f"silent: the last {PATIENCE} optimizer steps up to step {state.global_step} met no usable gradient in "
-                f"any trainable tensor (they are {' and '.join(sorted(states))}). Run `ocrmem doctor` on such a batch.",
+                f"silent: the last {PATIENCE} optimizer steps up to step {state.global_step} met no usable "
+                "gradient in "
+                f"any trainable tensor (they are {' and '.join(sorted(states))}). Run `ocrmem doctor` on "
+                "such a batch.",
                 None,
             )
 
@@ -137,9 +142,7 @@ class GradientFlowCallback(TrainerCallback):
         """Take the hook away."""
         self._unhook()
 
-    def _after_forward(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not model.training or not torch.is_grad_enabled():
             return
         loss = output.get("loss") if isinstance(output, Mapping) else None
@@ -168,10 +171,9 @@ class GradientFlowCallback(TrainerCallback):
 class ExplainedTrainer(Trainer):
     """`Trainer` whose errors about gradients come explained, whatever step they come in."""
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """As Trainer's; a RuntimeError of a known kind becomes a `GradientFlowError`, the original chained."""
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As Trainer's; a RuntimeError of a known kind becomes a `GradientFlowError`, the original
+        chained."""
         kept = dict(inputs)
         try:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -224,9 +226,7 @@ def _dropped_columns(dataloader: Any) -> tuple[str, ...]:
 def _to_device(batch: Any, device: torch.device) -> Any:
     if not isinstance(batch, Mapping):
         return batch
-    return {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
-    }
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 @contextmanager

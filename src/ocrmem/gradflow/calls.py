@@ -132,9 +132,7 @@ class CallLog:
         self._count += 1
         self.busy = was_busy
 
-    def _after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         was_busy, self.busy = self.busy, True
         try:
             while self._open:

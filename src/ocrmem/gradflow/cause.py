@@ -26,7 +26,8 @@ class Cause:
 
     id: str
     table: str
-    """Where the reference lists it: A cut with the bare RuntimeError, B another error, C silent, E distributed."""
+    """Where the reference lists it: A cut with the bare RuntimeError, B another error, C silent, E
+    distributed."""
     title: str
     """Half a sentence, for the docs."""
     mend: str
@@ -57,7 +58,8 @@ def stuck(report: GradientReport) -> bool:
 
 
 def gradient_missing(report: GradientReport) -> bool:
-    """No trainable tensor got a gradient, not even zeros, and no other error than the bare one explains it."""
+    """No trainable tensor got a gradient, not even zeros, and no other error than the bare one explains
+    it."""
     if report.error is not None and E0 not in report.error.message:
         return False
     return "none" in report.states and report.states <= {"none"} and not report.parallel.backward_skipped

@@ -1,4 +1,4 @@
-"""Causes that cut the chain: no gradient arrives at all.
+"""Operations that cut the chain, so that no gradient arrives at all.
 
 With nothing else that requires grad the backward raises the bare RuntimeError; with a leaf elsewhere, such as
 embeddings that a hook made require grad, it runs and stays silent. The cause is the same.
@@ -20,118 +20,12 @@ from ocrmem.gradflow.cause import (
 from ocrmem.gradflow.report import Event, GradientReport
 
 SPLICE_OPS = frozenset(
-    {"cat", "concat", "concatenate", "stack", "where", "masked_scatter", "masked_scatter_", "scatter", "scatter_",
-     "copy_", "index_put", "index_put_", "index_copy", "index_copy_", "__setitem__", "slice_scatter", "add", "add_"}
-)  # fmt: skip
-
-
-def _grad_mode_leaked(report: GradientReport) -> Finding | None:
-    if report.loss_requires_grad or not gradient_missing(report):
-        return None
-    if not report.grad_enabled_at_start:
-        mode = "inference mode was on" if report.inference_mode_at_start else "grad mode was off"
-        return Finding(
-            sentence=f"{mode} before the forward began; something switched it and did not switch it back."
-        )
-    if report.grad_mode_leak is not None:
-        return Finding(
-            sentence="the forward switches grad mode off and never on again, so every later step is cut too.",
-            source=report.grad_mode_leak,
-        )
-    return None
-
-
-def _not_registered(report: GradientReport) -> Finding | None:
-    hidden = next((call for call in report.calls if not call.registered and call.trainable), None)
-    if hidden is None:
-        return None
-    lost = not report.tensors or (report.optimizer is not None and bool(report.optimizer.missing))
-    if not lost or any(call.registered and call.path in report.trainable for call in report.calls):
-        return None
-    return Finding(
-        sentence=f"`{hidden.path}` runs and could learn, but the model does not register it (it is kept in a plain list "
-        "or dictionary), so model.parameters() does not hold its weights.",
-        module=hidden.path,
-    )
-
-
-def _peft_froze(report: GradientReport) -> Finding | None:
-    if not _frozen(report) or not any("lora_" in name for name in report.frozen_with_grad):
-        return None
-    return Finding(
-        sentence=f"peft froze {memory_name(report)} together with everything else; only the LoRA weights learn.",
-        module=", ".join(report.trainable),
-    )
-
-
-def _frozen(report: GradientReport) -> bool:
-    return (
-        report.named and bool(report.tensors) and not any(tensor.requires_grad for tensor in report.tensors)
-    )
-
-
-def _projection_frozen(report: GradientReport) -> Finding | None:
-    if not _frozen(report):
-        return None
-    return Finding(
-        sentence=f"all {len(report.tensors)} tensors of {memory_name(report)} have requires_grad=False: a freezing loop "
-        "over the whole model, or a helper that freezes it, took them along.",
-        module=", ".join(report.trainable),
-    )
-
-
-def _nothing_trainable(report: GradientReport) -> Finding | None:
-    if (
-        report.tensors
-        or report.error is not None
-        and not gradient_missing(report)
-        and report.loss_requires_grad
-    ):
-        return None
-    if not report.calls:
-        return None
-    return Finding(
-        sentence=f"no parameter of {report.model} requires grad, so there is nothing to train.",
-    )
-
-
-def _not_called(report: GradientReport) -> bool:
-    return report.memory is not None and report.memory.calls == 0 and gradient_missing(report)
-
-
-def _columns_dropped(report: GradientReport) -> Finding | None:
-    if not _not_called(report) or not report.dropped_columns:
-        return None
-    return Finding(
-        sentence=f"the data has {', '.join(report.dropped_columns)}, the batch has not: Trainer removes what "
-        f"forward does not name, so {memory_name(report)} never ran.",
-        module=", ".join(report.trainable),
-    )
-
-
-def _hidden_by_leaf(report: GradientReport) -> Event | None:
-    return next((event for event in report.events_of("made-leaf") if event.in_hook == "transformers"), None)
-
-
-def _no_memory_hidden(report: GradientReport) -> Finding | None:
-    if not _not_called(report) or not report.backward_ran:
-        return None
-    if _hidden_by_leaf(report) is None:
-        return None
-    return Finding(
-        sentence=f"the batch holds no memory: {memory_name(report)} never ran. The backward runs all the same, because "
-        "enable_input_require_grads (which activation_checkpointing_enable calls) gave the text embeddings a gradient.",
-        module=", ".join(report.trainable),
-    )
-
-
-def _no_memory(report: GradientReport) -> Finding | None:
-    if not _not_called(report):
-        return None
-    return Finding(
-        sentence=f"the batch holds no memory: {memory_name(report)} never ran in this forward.",
-        module=", ".join(report.trainable),
-    )
+    {
+        *("cat", "concat", "concatenate", "stack", "where", "add", "add_", "copy_", "__setitem__"),
+        *("masked_scatter", "masked_scatter_", "scatter", "scatter_", "slice_scatter"),
+        *("index_put", "index_put_", "index_copy", "index_copy_"),
+    }
+)
 
 
 def _reentrant(report: GradientReport) -> Finding | None:
@@ -141,7 +35,8 @@ def _reentrant(report: GradientReport) -> Finding | None:
         if any(call.reentrant for call in report.calls_of(path)):
             event = next((event for event in report.events if event.reentrant), None)
             return Finding(
-                sentence=f"`{path}` runs inside a reentrant checkpoint none of whose inputs requires grad (frozen "
+                sentence=f"`{path}` runs inside a reentrant checkpoint none of whose inputs requires grad "
+                "(frozen "
                 "features do not), so the checkpoint hands on no gradient.",
                 module=path,
                 source=None if event is None else event.region or event.source,
@@ -155,7 +50,8 @@ def _reentrant_closure(report: GradientReport) -> Finding | None:
         return None
     return at_region(
         end,
-        "memory enters a reentrant checkpoint as a keyword or from a closure; such a checkpoint follows gradients of "
+        "memory enters a reentrant checkpoint as a keyword or from a closure; such a checkpoint follows "
+        "gradients of "
         "its positional inputs only.",
     )
 
@@ -169,9 +65,7 @@ def _enable_grad_inside(report: GradientReport) -> Finding | None:
     end = _grad_off(report)
     if end is None or not (end.inference_mode and end.grad_enabled):
         return None
-    return at_region(
-        end, "torch.enable_grad() inside torch.inference_mode() does not bring the gradient back."
-    )
+    return at_region(end, "torch.enable_grad() inside torch.inference_mode() does not bring the gradient back.")
 
 
 def _outermost_without_grad(report: GradientReport, path: str) -> str | None:
@@ -195,9 +89,7 @@ def _generate(report: GradientReport) -> Finding | None:
     end = _grad_off(report)
     if end is None or not end.in_generate:
         return None
-    return at_event(
-        end, "the loss is made of what generate() returned, and generate() runs under torch.no_grad()."
-    )
+    return at_event(end, "the loss is made of what generate() returned, and generate() runs under torch.no_grad().")
 
 
 def _projection_without_grad(inference: bool):
@@ -229,7 +121,8 @@ def _llm_without_grad(inference: bool):
             return None
         mode = "torch.inference_mode()" if inference else "torch.no_grad()"
         return Finding(
-            sentence=f"`{outermost}` runs under {mode}: a frozen LLM needs no gradient for its weights, but the "
+            sentence=f"`{outermost}` runs under {mode}: a frozen LLM needs no gradient for its weights, but "
+            "the "
             "gradient must pass through it.",
             module=outermost,
             source=end.region or end.source,
@@ -266,9 +159,7 @@ def _loss_made_leaf(report: GradientReport) -> Finding | None:
     if made is None or report.some_gradient or not gradient_missing(report):
         return None
     below = "" if report.end is None or report.end is made else f" What cut it before: {_place(report.end)}."
-    return at_event(
-        made, f"requires_grad was set on the loss itself: the backward runs, and ends there.{below}"
-    )
+    return at_event(made, f"requires_grad was set on the loss itself: the backward runs, and ends there.{below}")
 
 
 def _made_leaf_after_detach(report: GradientReport) -> Finding | None:
@@ -277,7 +168,8 @@ def _made_leaf_after_detach(report: GradientReport) -> Finding | None:
         return None
     return at_event(
         made,
-        "a cut tensor was given requires_grad=True: it is a new leaf, so the backward runs and ends there, before "
+        "a cut tensor was given requires_grad=True: it is a new leaf, so the backward runs and ends there, "
+        "before "
         f"{memory_name(report)}.",
     )
 
@@ -297,9 +189,7 @@ def _no_derivative(report: GradientReport) -> Finding | None:
     if end is None or end.kind != "no-derivative" or not gradient_missing(report):
         return None
     if not end.grad_enabled:
-        return at_event(
-            end, f"a custom autograd function ({end.op} in it) gives an output without a gradient."
-        )
+        return at_event(end, f"a custom autograd function ({end.op} in it) gives an output without a gradient.")
     return at_event(end, f"{end.op} gives an output without a gradient.")
 
 
@@ -357,28 +247,10 @@ def _place(event: Event) -> str:
     return f"{event.op} at {event.source}" if event.source is not None else event.op
 
 
-_UNFREEZE = "freeze the frozen parts by module, unfreeze the projection last, and assert the trainable names."
-_COUNT = "count memory tokens while building batches; skip batches without any, or anchor with + 0 * proj(dummy).sum()."
 _OUTSIDE = "freeze with requires_grad_(False) only, and take the block away."
 _KEEP = "keep the tensor as it is; to show or store a copy, detach that copy alone."
 
 CAUSES: tuple[Cause, ...] = (
-    Cause(id="grad-mode-leaked", table="A", title="grad mode switched off and left off",
-          mend="use the with-form, torch.no_grad() or torch.set_grad_enabled(False), so that it ends.",
-          find=_grad_mode_leaked),
-    Cause(id="module-not-registered", table="C", title="projection kept in a plain list",
-          mend="keep it in an attribute of its own or in nn.ModuleList, and build the optimizer afterwards.",
-          find=_not_registered),
-    Cause(id="peft-froze-projection", table="C", title="get_peft_model without modules_to_save",
-          mend="pass the projection's name in modules_to_save, or unfreeze it after get_peft_model.", find=_peft_froze),
-    Cause(id="projection-frozen", table="A", title="projection frozen by a blanket loop or helper",
-          mend=_UNFREEZE, find=_projection_frozen),
-    Cause(id="nothing-trainable", table="A", title="no parameter requires grad", mend=_UNFREEZE, find=_nothing_trainable),
-    Cause(id="columns-dropped", table="A", title="Trainer's remove_unused_columns dropped the images",
-          mend="set remove_unused_columns=False in TrainingArguments.", find=_columns_dropped),
-    Cause(id="no-memory-hidden", table="C", title="no memory in the batch, hidden by enable_input_require_grads",
-          mend=_COUNT, find=_no_memory_hidden),
-    Cause(id="no-memory-in-batch", table="A", title="no memory in the batch", mend=_COUNT, find=_no_memory),
     Cause(id="loss-made-leaf", table="C", title="loss.requires_grad_(True)",
           mend="take that line away and mend what cut the loss.", find=_loss_made_leaf),
     Cause(id="reentrant-checkpoint", table="A", title="reentrant checkpoint around the projection",
@@ -388,14 +260,18 @@ CAUSES: tuple[Cause, ...] = (
           mend="checkpoint with use_reentrant=False.", find=_reentrant_closure),
     Cause(id="written-into-parameter", table="A", title="memory written into embedding.weight under no_grad",
           mend="splice into the looked-up embeddings, out of place, and leave the weight alone.",
-          find=_written("write-into-parameter", "memory is written into a frozen parameter; a parameter keeps the values, not the graph.")),
+          find=_written("write-into-parameter", "memory is written into a frozen parameter; a parameter "
+                                                "keeps the values, not the graph.")),
     Cause(id="written-through-data", table="C", title="memory written through .data",
           mend="splice out of place (torch.cat, masked_scatter) instead of through .data.",
-          find=_written("write-through-data", "memory is written through .data, which autograd does not see.")),
+          find=_written("write-through-data", "memory is written through .data, which autograd does not "
+                                              "see.")),
     Cause(id="enable-grad-in-inference-mode", table="A", title="enable_grad() inside inference_mode()",
-          mend="use torch.no_grad() outside instead; enable_grad() works inside that.", find=_enable_grad_inside),
+          mend="use torch.no_grad() outside instead; enable_grad() works inside "
+               "that.", find=_enable_grad_inside),
     Cause(id="accelerate-hook-no-grad", table="A", title="accelerate hook with no_grad=True",
-          mend="add the hook with no_grad=False, or dispatch the model without it for training.", find=_accelerate_hook),
+          mend="add the hook with no_grad=False, or dispatch the model without it for "
+               "training.", find=_accelerate_hook),
     Cause(id="loss-from-generate", table="A", title="loss from generate()",
           mend="call the model itself with labels for the loss.", find=_generate),
     Cause(id="projection-under-inference-mode", table="A", title="projection under inference_mode",
@@ -406,26 +282,33 @@ CAUSES: tuple[Cause, ...] = (
           find=_projection_without_grad(False)),
     Cause(id="llm-under-inference-mode", table="A", title="LLM under inference_mode", mend=_OUTSIDE,
           find=_llm_without_grad(True)),
-    Cause(id="llm-under-no-grad", table="A", title="LLM under no_grad", mend=_OUTSIDE, find=_llm_without_grad(False)),
+    Cause(id="llm-under-no-grad", table="A", title="LLM under "
+                                                   "no_grad", mend=_OUTSIDE, find=_llm_without_grad(False)),
     Cause(id="splice-under-no-grad", table="A", title="splice inside no_grad",
-          mend="splice outside the block; looking the text embeddings up inside it is fine.", find=_splice_without_grad),
-    Cause(id="operation-under-no-grad", table="A", title="another operation with grad mode off", mend=_OUTSIDE,
+          mend="splice outside the block; looking the text embeddings up inside it is "
+               "fine.", find=_splice_without_grad),
+    Cause(id="operation-under-no-grad", table="A", title="another operation with grad mode "
+                                                         "off", mend=_OUTSIDE,
           find=_region_without_grad),
     Cause(id="detached-then-made-leaf", table="C", title=".detach().requires_grad_(True)",
           mend="take both calls away: the tensor requires grad by itself when the projection does.",
           find=_made_leaf_after_detach),
     Cause(id="wrapped-in-parameter", table="C", title="nn.Parameter(memory)",
           mend="use the projection's output itself; nn.Parameter starts a new graph.",
-          find=_ends_with("leaf", "memory is wrapped in nn.Parameter or alike, which is a new leaf (first used here): the backward ends there.")),
+          find=_ends_with("leaf", "memory is wrapped in nn.Parameter or alike, which is a new leaf (first "
+                                  "used here): the backward ends there.")),
     Cause(id="numpy-round-trip", table="A", title="memory through numpy",
           mend="stay in torch between the projection and the loss.",
-          find=_left("left-torch", frozenset({"numpy", "__array__", "__dlpack__"}), "memory leaves torch by {op}(), where no gradient can follow.")),
+          find=_left("left-torch", frozenset({"numpy", "__array__", "__dlpack__"}), "memory leaves torch by "
+                                                                                    "{op}(), where no "
+                                                                                    "gradient can follow.")),
     Cause(id="python-numbers", table="A", title="memory through .item() or .tolist()",
           mend="stay in torch between the projection and the loss.",
           find=_left("left-torch", None, "memory leaves torch as Python numbers by {op}().")),
     Cause(id="memory-serialised", table="C", title="torch.save and torch.load of projected memory",
           mend="store the encoder's features, and project them in every step.",
-          find=_left("serialised", None, "projected memory is written to a file and read back; what is read is a new leaf.")),
+          find=_left("serialised", None, "projected memory is written to a file and read back; what is read "
+                                         "is a new leaf.")),
     Cause(id="detach", table="A", title=".detach()", mend=_KEEP,
           find=_ends_with("detach", "{op}() cuts the memory off.")),
     Cause(id="data-attribute", table="A", title=".data", mend=_KEEP,
@@ -433,12 +316,14 @@ CAUSES: tuple[Cause, ...] = (
     Cause(id="copied-by-torch-tensor", table="A", title="torch.tensor(memory)",
           mend="use the tensor itself, or torch.as_tensor.",
           find=_ends_with("copy", "torch.{op} copies the values and leaves the graph behind.")),
-    Cause(id="cast-to-integer", table="A", title=".long() and other integer casts", mend="keep it floating point.",
+    Cause(id="cast-to-integer", table="A", title=".long() and other integer casts", mend="keep it floating "
+                                                                                         "point.",
           find=_ends_with("integer", "{op}() turns the memory into integers, which have no gradient.",
                           ops=frozenset({"long", "int", "short", "byte", "char", "bool", "to", "type"}))),
     Cause(id="nearest-token", table="A", title="quantisation to the nearest token",
           mend="use the memory itself, or a straight-through estimator: x + (quantised - x).detach().",
-          find=_ends_with("integer", "{op}() picks indices: what is looked up with them does not descend from the memory.")),
+          find=_ends_with("integer", "{op}() picks indices: what is looked up with them does not descend "
+                                     "from the memory.")),
     Cause(id="operation-without-derivative", table="A", title="an operation without a derivative",
           mend="replace the operation by one that autograd supports.",
           find=_no_derivative),
@@ -447,7 +332,8 @@ CAUSES: tuple[Cause, ...] = (
     Cause(id="splice-into-copy", table="A", title="embeds[mask].copy_(memory)",
           mend="embeds = embeds.masked_scatter(mask[..., None], memory).", find=_into_copy),
     Cause(id="memory-never-spliced", table="A", title="projection run but never spliced",
-          mend="put its output among the embeddings that the LLM gets, and count that every token found a place.",
+          mend="put its output among the embeddings that the LLM gets, and count that every token found a "
+               "place.",
           find=_memory_unused),
 )  # fmt: skip
 """From special to general."""

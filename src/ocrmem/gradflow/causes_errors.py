@@ -9,6 +9,7 @@ from dataclasses import replace
 from ocrmem.gradflow.cause import Cause, Finding, at_error
 from ocrmem.gradflow.report import ErrorFacts, GradientReport, SourceLine
 
+_PATTERNS: list[re.Pattern[str]] = []
 _Says = Callable[[ErrorFacts, GradientReport], str | None]
 
 
@@ -17,6 +18,7 @@ def _matching(
 ) -> Callable[[GradientReport], Finding | None]:
     """A finder for errors whose text matches; `sentence` may look at the report and decline with None."""
     compiled = re.compile(pattern, re.IGNORECASE | re.DOTALL)
+    _PATTERNS.append(compiled)
 
     def find(report: GradientReport) -> Finding | None:
         error = report.error
@@ -29,20 +31,23 @@ def _matching(
         place = None if where is None else where(report)
         return found if place is None else replace(found, source=place)
 
-    find.pattern = compiled  # type: ignore[attr-defined]
     return find
 
 
 _SAVED = r"Inference tensors cannot be saved for backward"
 _TWICE = r"Trying to backward through the graph a second time"
-_DTYPES = r"(mat1 and mat2|m1 and m2|self and mat2|input and weight).{0,20}(must|to) have the same dtype|expected scalar type .* but found|should be the same"
+_DTYPES = (
+    r"(mat1 and mat2|m1 and m2|self and mat2|input and weight).{0,20}(must|to) have the same dtype"
+    r"|expected scalar type .* but found|should be the same"
+)
 
 
 def _inference_weights(error: ErrorFacts, report: GradientReport) -> str | None:
     if not report.inference_parameters:
         return None
     return (
-        f"{len(report.inference_parameters)} parameters, the first {report.inference_parameters[0]!r}, were made under "
+        f"{len(report.inference_parameters)} parameters, the first {report.inference_parameters[0]!r}, were "
+        "made under "
         "torch.inference_mode(), so autograd may not save them for the backward."
     )
 
@@ -51,7 +56,8 @@ def _twice_by_reentrant(error: ErrorFacts, report: GradientReport) -> str | None
     if not any(event.reentrant for event in report.events):
         return None
     return (
-        "several reentrant checkpoints read the same memory from a closure; each runs a backward of its own through "
+        "several reentrant checkpoints read the same memory from a closure; each runs a backward of its own "
+        "through "
         "it, and the first one frees the graph."
     )
 
@@ -77,7 +83,8 @@ CAUSES: tuple[Cause, ...] = (
         mend="use torch.no_grad() for the encoder, or features.clone() outside the inference_mode block.",
         find=_matching(
             _SAVED,
-            "a tensor made under torch.inference_mode() enters a part that learns; autograd may not save it for the "
+            "a tensor made under torch.inference_mode() enters a part that learns; autograd may not save it "
+            "for the "
             "backward. A clone inside the block, .detach() and .float() stay inference tensors.",
             where=lambda report: report.inference_line,
         ),
@@ -92,7 +99,8 @@ CAUSES: tuple[Cause, ...] = (
     ),
     Cause(
         id="write-into-inference-tensor", table="B", title="in-place splice into inference-mode embeddings",
-        mend="look the embeddings up under torch.no_grad(), or splice with torch.cat / masked_scatter out of place.",
+        mend="look the embeddings up under torch.no_grad(), or splice with torch.cat / masked_scatter out "
+             "of place.",
         find=_matching(
             r"Inplace update to inference tensor",
             "memory is written in place into embeddings that were made under torch.inference_mode().",
@@ -111,10 +119,12 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         id="numpy-on-grad-tensor", table="B", title=".numpy() on a tensor that requires grad",
         mend="stay in torch: obeying the message (.detach().numpy()) would cut the gradient.",
-        find=_matching(r"Can't call numpy\(\) on Tensor that requires grad", "the memory is taken to numpy, where no gradient can follow."),
+        find=_matching(r"Can't call numpy\(\) on Tensor that requires grad", "the memory is taken to numpy, "
+                                                                             "where no gradient can follow."),
     ),
     Cause(
-        id="reentrant-layers-share-memory", table="B", title="two reentrant checkpoints share memory by closure",
+        id="reentrant-layers-share-memory", table="B", title="two reentrant checkpoints share memory by "
+                                                             "closure",
         mend="checkpoint with use_reentrant=False.",
         find=_matching(_TWICE, _twice_by_reentrant),
     ),
@@ -123,7 +133,8 @@ CAUSES: tuple[Cause, ...] = (
         mend="cache the encoder's features and run the projection in every step.",
         find=_matching(
             _TWICE,
-            "a graph is used for a second backward: projected memory was kept from an earlier step, whose backward "
+            "a graph is used for a second backward: projected memory was kept from an earlier step, whose "
+            "backward "
             "freed it.",
         ),
     ),
@@ -139,7 +150,8 @@ CAUSES: tuple[Cause, ...] = (
         id="splice-dtype", table="B", title="masked_scatter of float32 memory into 16-bit embeddings",
         mend="cast at the splice: memory.to(embeds.dtype); the cast carries the gradient.",
         find=_matching(
-            r"masked_scatter: expected self and source to have same dtypes|Index put requires the source and destination dtypes match",
+            r"masked_scatter: expected self and source to have same dtypes"
+            r"|Index put requires the source and destination dtypes match",
             "memory and embeddings have different dtypes at the splice.",
         ),
     ),
@@ -147,7 +159,8 @@ CAUSES: tuple[Cause, ...] = (
         id="more-slots-than-memory", table="B", title="more placeholders than memory tokens",
         mend="count placeholders and memory tokens for each sample and compare before the splice.",
         find=_matching(
-            r"Number of elements of source < number of ones in mask|shape mismatch: value tensor of shape .* cannot be broadcast to indexing result",
+            r"Number of elements of source < number of ones in mask"
+            r"|shape mismatch: value tensor of shape .* cannot be broadcast to indexing result",
             "the text has more placeholders than there are memory tokens.",
         ),
     ),
@@ -161,7 +174,8 @@ CAUSES: tuple[Cause, ...] = (
         mend="cast after the projection: proj(features.float()).to(llm.dtype).",
         find=_matching(
             _DTYPES,
-            lambda error, _: f"memory enters {error.module!r} in another dtype than its weights ({_dtypes(error)}).",
+            lambda error, _: f"memory enters {error.module!r} in another dtype than its weights "
+                             f"({_dtypes(error)}).",
         ),
     ),
     Cause(
@@ -169,41 +183,64 @@ CAUSES: tuple[Cause, ...] = (
         mend="put -100 in front of the labels, once for each memory token.",
         find=_matching(
             r"Expected input batch_size \(\d+\) to match target batch_size \(\d+\)",
-            lambda error, _: f"labels and logits differ in length ({_dtypes(error)}): the memory's positions have no labels.",
+            lambda error, _: f"labels and logits differ in length ({_dtypes(error)}): the memory's "
+                             "positions have no labels.",
         ),
     ),
     Cause(
         id="optimizer-empty", table="B", title="optimizer built from an empty list of parameters",
-        mend="unfreeze the projection before the optimizer is built, and pass a list rather than a used-up generator.",
-        find=_matching(r"optimizer got an empty parameter list", "the optimizer was given no parameters: nothing was trainable, or a generator was used up."),
+        mend="unfreeze the projection before the optimizer is built, and pass a list rather than a used-up "
+             "generator.",
+        find=_matching(r"optimizer got an empty parameter list", "the optimizer was given no parameters: "
+                                                                 "nothing was trainable, or a generator was "
+                                                                 "used up."),
     ),
     Cause(
         id="modules-to-save-suffix", table="B", title='modules_to_save=["proj"] matches q_proj',
         mend='give the projection a name that no other module ends with, such as "mem_projector".',
-        find=_matching(r"modules_to_save cannot be applied to modules of type", "peft matches modules_to_save by the end of a name, and other modules end with it too (q_proj, k_proj...)."),
+        find=_matching(r"modules_to_save cannot be applied to modules of type", "peft matches "
+                                                                                "modules_to_save by the end "
+                                                                                "of a name, and other "
+                                                                                "modules end with it too "
+                                                                                "(q_proj, k_proj...)."),
     ),
     Cause(
         id="cudnn-rnn-eval", table="B", title="eval() on a cuDNN RNN",
-        mend="keep the RNN in train mode with dropout 0, or set torch.backends.cudnn.enabled = False around it.",
-        find=_matching(r"cudnn RNN backward can only be called in training mode", "a cuDNN RNN is in eval mode; it is the one kind of module that eval() keeps from a backward."),
+        mend="keep the RNN in train mode with dropout 0, or set torch.backends.cudnn.enabled = False around "
+             "it.",
+        find=_matching(r"cudnn RNN backward can only be called in training mode", "a cuDNN RNN is in eval "
+                                                                                  "mode; it is the one kind "
+                                                                                  "of module that eval() "
+                                                                                  "keeps from a backward."),
     ),
     Cause(
-        id="fsdp1-mixed-flat", table="E", title="FSDP1 with use_orig_params=False over frozen and trainable tensors",
+        id="fsdp1-mixed-flat", table="E", title="FSDP1 with use_orig_params=False over frozen and trainable "
+                                                "tensors",
         mend="pass use_orig_params=True, or use FSDP2 (fully_shard).",
-        find=_matching(r"Must flatten tensors with uniform `?requires_grad", "FSDP1 flattens frozen and trainable tensors into one, which cannot be half trainable."),
+        find=_matching(r"Must flatten tensors with uniform `?requires_grad", "FSDP1 flattens frozen and "
+                                                                             "trainable tensors into one, "
+                                                                             "which cannot be half "
+                                                                             "trainable."),
     ),
     Cause(
         id="ddp-reentrant-twice", table="E", title="reentrant checkpoint under DDP",
         mend="checkpoint with use_reentrant=False.",
         find=_matching(
             r"Expected to mark a variable ready only once",
-            "the projection runs under a reentrant checkpoint, whose inner backward tells DDP about a gradient that DDP counts already.",
+            "the projection runs under a reentrant checkpoint, whose inner backward tells DDP about a "
+            "gradient that DDP counts already.",
         ),
     ),
     Cause(
         id="ddp-finished-reduction", table="E", title="DDP waits for gradients of the step before",
-        mend="let every trainable tensor enter every loss (anchor: + 0 * proj(dummy).sum()), or pass find_unused_parameters=True.",
-        find=_matching(r"Expected to have finished reduction in the prior iteration", "in the step before, some trainable tensor got no gradient on this process, and DDP still waits for it."),
+        mend="let every trainable tensor enter every loss (anchor: + 0 * proj(dummy).sum()), or pass "
+             "find_unused_parameters=True.",
+        find=_matching(r"Expected to have finished reduction in the prior iteration", "in the step before, "
+                                                                                      "some trainable "
+                                                                                      "tensor got no "
+                                                                                      "gradient on this "
+                                                                                      "process, and DDP "
+                                                                                      "still waits for it."),
     ),
 )  # fmt: skip
 """In order: where one text has two causes, the one that asks for more evidence comes first."""
@@ -211,4 +248,4 @@ CAUSES: tuple[Cause, ...] = (
 
 def matches_known_text(error: ErrorFacts) -> bool:
     """Whether an error's text belongs to a known cause."""
-    return any(cause.find.pattern.search(error.message) for cause in CAUSES)  # type: ignore[attr-defined]
+    return any(pattern.search(error.message) for pattern in _PATTERNS)

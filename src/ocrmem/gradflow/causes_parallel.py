@@ -40,7 +40,8 @@ def _outside_graph(report: GradientReport) -> Finding | None:
     if not all(fact.loss_requires_grad for fact in lacking):
         return None
     return Finding(
-        sentence=f"on {_shown(lacking)} no tensor that {report.parallel.wrapper} reduces is in the loss's graph (the loss "
+        sentence=f"on {_shown(lacking)} no tensor that {report.parallel.wrapper} reduces is in the loss's "
+        "graph (the loss "
         f"requires grad for another reason), so {_shown(having)} would wait for a gradient that never comes.",
         module=", ".join(report.trainable),
     )
@@ -51,7 +52,8 @@ def _rank_without_memory(report: GradientReport) -> Finding | None:
     if not report.parallel.backward_skipped or not having or not lacking:
         return None
     return Finding(
-        sentence=f"{_shown(lacking)} has no memory in its batch: its backward fails, and {_shown(having)} would wait for "
+        sentence=f"{_shown(lacking)} has no memory in its batch: its backward fails, and {_shown(having)} "
+        "would wait for "
         "its gradient until the timeout.",
         module=", ".join(report.trainable),
     )
@@ -67,19 +69,19 @@ def _unused(report: GradientReport) -> Finding | None:
     lacking = [fact for fact in report.parallel.ranks if set(fact.reached) != set(most.reached)]
     lost = sorted(set(most.reached) - set(lacking[0].reached))
     return Finding(
-        sentence=f"on {_shown(lacking)} the loss does not reach {lost[0]}; with find_unused_parameters=False DDP waits for "
+        sentence=f"on {_shown(lacking)} the loss does not reach {lost[0]}; with "
+        "find_unused_parameters=False DDP waits for "
         "it, and the next step fails on one process and hangs on the other.",
         module=", ".join(report.trainable),
     )
 
 
-_ANCHOR = (
-    "anchor a batch without memory: loss + 0 * proj(dummy).sum(); under FSDP add it to inputs_embeds instead."
-)
+_ANCHOR = "anchor a batch without memory: loss + 0 * proj(dummy).sum(); under FSDP add it to inputs_embeds instead."
 
 CAUSES: tuple[Cause, ...] = (
     Cause(id="ranks-gather-differently", table="E", title="FSDP2: the processes run different modules",
-          mend="run the projection on every rank and in the same place: inputs_embeds + 0 * proj(encoder(dummy)).sum().",
+          mend="run the projection on every rank and in the same place: inputs_embeds + 0 * "
+               "proj(encoder(dummy)).sum().",
           find=_collectives),
     Cause(id="rank-raised", table="E", title="one process failed", mend="mend that process's error first.",
           find=_rank_raised),

@@ -15,11 +15,9 @@ from ocrmem.gradflow.cause import (
 from ocrmem.gradflow.report import GradientReport
 
 LOUD_MEMORY = 100.0
-"""Memory of this many times the embeddings' RMS learns badly: an initialisation 100 times too large stopped at loss
-3.7 in 150 steps where the ordinary one reached 0.06. A default nn.Linear gives up to about 30, and learns."""
-
-KEPT_BY_STEP = 0.5
-"""Share of 16-bit weights that a step may leave unmoved; at AdamW's 1e-5 in bfloat16 it is 98%."""
+"""Memory of this many times the embeddings' RMS learns badly: an initialisation 100 times too large stopped
+at loss 3.7 in 150 steps where the ordinary one reached 0.06. A default nn.Linear gives up to about 30, and
+learns."""
 
 
 def _no_labels(report: GradientReport) -> Finding | None:
@@ -36,7 +34,8 @@ def _lost_to_shift(report: GradientReport) -> Finding | None:
     if labels is None or not labels.given or labels.after_shift or labels.in_loss or report.some_gradient:
         return None
     return Finding(
-        sentence=f"the only labelled position of each sample is position 0 ({labels.given} labels); the shift drops it, "
+        sentence=f"the only labelled position of each sample is position 0 ({labels.given} labels); the "
+        "shift drops it, "
         "since nothing comes before it that could predict it.",
     )
 
@@ -45,7 +44,8 @@ def _pre_shifted(report: GradientReport) -> Finding | None:
     if report.labels is None or not report.labels.pre_shifted:
         return None
     return Finding(
-        sentence="labels are already moved one to the left, and the model moves them once more: it learns the token after the next."
+        sentence="labels are already moved one to the left, and the model moves them once more: it learns "
+        "the token after the next."
     )
 
 
@@ -68,9 +68,7 @@ def _empty_memory(report: GradientReport) -> Finding | None:
             sentence=f"{memory_name(report)} ran on no tokens at all; cat with an empty memory changes nothing.",
             module=report.memory.module,
         )
-    return (
-        None if event is None else at_event(event, "nothing of the memory is left here: the slice is empty.")
-    )
+    return None if event is None else at_event(event, "nothing of the memory is left here: the slice is empty.")
 
 
 def _rounded(report: GradientReport) -> Finding | None:
@@ -97,7 +95,8 @@ def _packed(report: GradientReport) -> Finding | None:
     if host is None or not gradient_zero(report) or not host.restarting_positions:
         return None
     return Finding(
-        sentence="position_ids start again after the memory and there is no attention mask: transformers reads that as "
+        sentence="position_ids start again after the memory and there is no attention mask: transformers "
+        "reads that as "
         "two packed sequences, and the text does not see the memory.",
         module=host.path,
     )
@@ -105,12 +104,7 @@ def _packed(report: GradientReport) -> Finding | None:
 
 def _after_labels(report: GradientReport) -> Finding | None:
     host = report.host
-    if (
-        host is None
-        or not gradient_zero(report)
-        or not host.memory_positions
-        or host.labels_after_memory != 0
-    ):
+    if host is None or not gradient_zero(report) or not host.memory_positions or host.labels_after_memory != 0:
         return None
     return Finding(
         sentence="the memory comes after every labelled position, where causal attention does not look.",
@@ -122,22 +116,17 @@ def _underflow(report: GradientReport) -> Finding | None:
     if report.underflow_scale is None:
         return None
     return Finding(
-        sentence=f"the gradient underflows to zero in float16: with the loss times {report.underflow_scale:.0f} it is there.",
+        sentence="the gradient underflows to zero in float16: with the loss times "
+        f"{report.underflow_scale:.0f} it is there.",
         module=", ".join(report.trainable),
     )
 
 
 def _anchored(report: GradientReport) -> Finding | None:
     event = next(iter(report.events_of("zero-weight")), None)
-    if (
-        event is None
-        or not gradient_zero(report)
-        or (report.host is not None and report.host.memory_positions)
-    ):
+    if event is None or not gradient_zero(report) or (report.host is not None and report.host.memory_positions):
         return None
-    return at_event(
-        event, f"{memory_name(report)} enters this batch's loss at weight 0 only: the batch has no memory."
-    )
+    return at_event(event, f"{memory_name(report)} enters this batch's loss at weight 0 only: the batch has no memory.")
 
 
 def _zero_init(report: GradientReport) -> Finding | None:
@@ -148,7 +137,8 @@ def _zero_init(report: GradientReport) -> Finding | None:
     if any(tensor.state != "zero" for tensor in zeros):
         return None
     return Finding(
-        sentence=f"all {len(zeros)} weight matrices of {memory_name(report)} are zero, so each keeps the other's gradient "
+        sentence=f"all {len(zeros)} weight matrices of {memory_name(report)} are zero, so each keeps the "
+        "other's gradient "
         "at zero and only the last bias learns.",
         module=", ".join(report.trainable),
     )
@@ -159,7 +149,8 @@ def _cached(report: GradientReport) -> Finding | None:
     if memory is None or not memory.calls or memory.calls_again != 0:
         return None
     return Finding(
-        sentence=f"{memory_name(report)} runs in the first forward and not in the second: its output is kept, and the "
+        sentence=f"{memory_name(report)} runs in the first forward and not in the second: its output is "
+        "kept, and the "
         "second backward would go through a graph that the first one freed.",
         module=memory.module,
     )
@@ -175,7 +166,8 @@ def _fewer_slots(report: GradientReport) -> Finding | None:
         ):
             return at_event(
                 event,
-                f"the text has room for {event.slots} of the memory's {event.num_elements} values: the rest is dropped, "
+                f"the text has room for {event.slots} of the memory's {event.num_elements} values: the rest "
+                "is dropped, "
                 "and every later sample gets the wrong ones.",
             )
     return None
@@ -183,15 +175,11 @@ def _fewer_slots(report: GradientReport) -> Finding | None:
 
 def _short_mask(report: GradientReport) -> Finding | None:
     host = report.host
-    if (
-        host is None
-        or host.mask_length is None
-        or host.mask_length >= host.length
-        or report.error is not None
-    ):
+    if host is None or host.mask_length is None or host.mask_length >= host.length or report.error is not None:
         return None
     return Finding(
-        sentence=f"attention_mask has {host.mask_length} columns, the embeddings have {host.length} positions: it is "
+        sentence=f"attention_mask has {host.mask_length} columns, the embeddings have {host.length} "
+        "positions: it is "
         "filled up on the right, and the last positions are hidden.",
         module=host.path,
     )
@@ -218,24 +206,7 @@ def _not_finite(report: GradientReport) -> Finding | None:
     # The call with the fewest calls inside it that are bad too, and the first of these in time.
     first = next((c for i, c in enumerate(bad) if i + 1 == len(bad) or bad[i + 1].depth <= c.depth), None)
     where = "in the backward" if first is None else f"in the output of `{first.path or report.model}`"
-    return Finding(
-        sentence=f"NaN or infinity appears first {where}.", module="" if first is None else first.path
-    )
-
-
-def _low_precision(report: GradientReport) -> Finding | None:
-    kept = [tensor for tensor in report.tensors if tensor.kept_by_step is not None and len(tensor.shape) > 1]
-    if not kept or report.optimizer is None:
-        return None
-    sizes = [math.prod(tensor.shape) for tensor in kept]
-    share = sum((t.kept_by_step or 0.0) * size for t, size in zip(kept, sizes, strict=True)) / sum(sizes)
-    if share <= KEPT_BY_STEP:
-        return None
-    return Finding(
-        sentence=f"the weights of {memory_name(report)} are {kept[0].dtype}: at learning rate "
-        f"{report.optimizer.learning_rate:g} a step rounds back to the same number for {share:.0%} of them.",
-        module=", ".join(report.trainable),
-    )
+    return Finding(sentence=f"NaN or infinity appears first {where}.", module="" if first is None else first.path)
 
 
 def _too_loud(report: GradientReport) -> Finding | None:
@@ -246,110 +217,29 @@ def _too_loud(report: GradientReport) -> Finding | None:
     if ratio <= LOUD_MEMORY:
         return None
     return Finding(
-        sentence=f"memory tokens have {ratio:.0f} times the RMS of the text embeddings ({memory.rms:.3g} against "
+        sentence=f"memory tokens have {ratio:.0f} times the RMS of the text embeddings ({memory.rms:.3g} "
+        "against "
         f"{memory.embedding_rms:.3g}).",
         module=memory.module,
     )
 
 
-def _optimizer_missing(report: GradientReport) -> bool:
-    return report.optimizer is not None and bool(report.optimizer.missing)
-
-
-def _missing_shown(report: GradientReport) -> str:
-    assert report.optimizer is not None
-    missing = report.optimizer.missing
-    return ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-
-
-def _before_peft(report: GradientReport) -> Finding | None:
-    if not _optimizer_missing(report) or report.optimizer is None:
-        return None
-    if not any("original_module" in name for name in report.optimizer.frozen):
-        return None
-    return Finding(
-        sentence="the optimizer was built before get_peft_model(modules_to_save=...): it holds the frozen originals, "
-        f"not the copies that learn ({_missing_shown(report)}).",
-        module=", ".join(report.trainable),
-    )
-
-
-def _copied(report: GradientReport) -> Finding | None:
-    facts = report.optimizer
-    if facts is None or not facts.missing or not facts.foreign_same_values:
-        return None
-    return Finding(
-        sentence=f"the optimizer holds {facts.foreign} tensors that are not in the model but equal its own "
-        f"({_missing_shown(report)}): the module was deep-copied after the optimizer was built, or before.",
-        module=", ".join(report.trainable),
-    )
-
-
-def _replaced(report: GradientReport) -> Finding | None:
-    facts = report.optimizer
-    if facts is None or not facts.missing or not facts.foreign_same_shape:
-        return None
-    return Finding(
-        sentence=f"the optimizer holds {facts.foreign} tensors that are no longer in the model: its own "
-        f"({_missing_shown(report)}) were replaced, as load_state_dict(assign=True) does.",
-        module=", ".join(report.trainable),
-    )
-
-
-def _frozen_in_optimizer(report: GradientReport) -> Finding | None:
-    facts = report.optimizer
-    if facts is None or not facts.missing or not facts.frozen:
-        return None
-    return Finding(
-        sentence=f"the optimizer holds {len(facts.frozen)} frozen tensors ({facts.frozen[0]}...) and not "
-        f"{_missing_shown(report)}.",
-        module=", ".join(report.trainable),
-    )
-
-
-def _incomplete(report: GradientReport) -> Finding | None:
-    if not _optimizer_missing(report):
-        return None
-    return Finding(
-        sentence=f"the optimizer does not hold {_missing_shown(report)}: it was built before they were unfrozen, or "
-        "from another list.",
-        module=", ".join(report.trainable),
-    )
-
-
-def _cleared(report: GradientReport) -> Finding | None:
-    step = report.step
-    if (
-        step is None
-        or not step.optimizer_stepped
-        or step.state_at_step in ("finite", "non-finite")
-        or not learns(report)
-    ):
-        return None
-    return Finding(
-        sentence="the gradient is there after the backward and gone when optimizer.step() runs: zero_grad() comes between them.",
-        module=", ".join(report.trainable),
-    )
-
-
-def _never_stepped(report: GradientReport) -> Finding | None:
-    if report.step is None or report.step.optimizer_stepped:
-        return None
-    return Finding(sentence="the training step never calls step() of the optimizer that was given.")
-
-
 _LABELS = "count labelled tokens after the shift, and drop samples without any."
-_OPTIMIZER = "build the optimizer last, and assert that the ids of its tensors cover the projection's."
 
 CAUSES: tuple[Cause, ...] = (
-    Cause(id="labels-lost-to-shift", table="C", title="only position 0 is labelled", mend=_LABELS, find=_lost_to_shift),
-    Cause(id="no-labels", table="C", title="all labels are -100, or the answer is truncated", mend=_LABELS, find=_no_labels),
+    Cause(id="labels-lost-to-shift", table="C", title="only position 0 is "
+                                                      "labelled", mend=_LABELS, find=_lost_to_shift),
+    Cause(id="no-labels", table="C", title="all labels are -100, or the answer is "
+                                           "truncated", mend=_LABELS, find=_no_labels),
     Cause(id="splice-matched-nothing", table="C", title="all-False mask, such as a wrong placeholder id",
-          mend="assert that the number of placeholders equals the number of memory tokens.", find=_matched_nothing),
+          mend="assert that the number of placeholders equals the number of memory "
+               "tokens.", find=_matched_nothing),
     Cause(id="memory-empty", table="C", title="memory of length zero",
-          mend="assert that every sample's memory has the tokens that its placeholders ask for.", find=_empty_memory),
+          mend="assert that every sample's memory has the tokens that its placeholders ask "
+               "for.", find=_empty_memory),
     Cause(id="rounded", table="C", title=".round() and other flat operations",
-          mend="leave it out, or use a straight-through estimator: x + (x.round() - x).detach().", find=_rounded),
+          mend="leave it out, or use a straight-through estimator: x + (x.round() - "
+               "x).detach().", find=_rounded),
     Cause(id="memory-masked", table="C", title="attention mask 0 on memory",
           mend="put 1 into the mask for every memory token.", find=_masked),
     Cause(id="packed-positions", table="C", title="position_ids restart at the text, without a mask",
@@ -358,8 +248,10 @@ CAUSES: tuple[Cause, ...] = (
           mend="put the memory in front of the text that it should help to predict.", find=_after_labels),
     Cause(id="fp16-underflow", table="C", title="float16 underflow",
           mend="scale the loss (torch.amp.GradScaler), or use bfloat16.", find=_underflow),
-    Cause(id="anchored-batch", table="-", title="a batch without memory, anchored at weight 0", undecided=True,
-          mend="nothing need be mended in a mixed run; give the doctor a batch with memory to learn whether it learns.",
+    Cause(id="anchored-batch", table="-", title="a batch without memory, anchored at weight "
+                                                "0", undecided=True,
+          mend="nothing need be mended in a mixed run; give the doctor a batch with memory to learn whether "
+               "it learns.",
           find=_anchored),
     Cause(id="projection-zero-init", table="C", title="both layers initialised to zero",
           mend="initialise at most the last layer to zero.", find=_zero_init),
@@ -375,24 +267,8 @@ CAUSES: tuple[Cause, ...] = (
           mend="carry the sample's index with every page, and test by permuting memories on held-out data.",
           find=_wrong_pairing),
     Cause(id="not-finite", table="-", title="NaN or infinity",
-          mend="look at the inputs of that module; lower the learning rate or the precision's demands.", find=_not_finite),
-    Cause(id="optimizer-before-peft", table="C", title="optimizer built before get_peft_model(modules_to_save)",
-          mend=_OPTIMIZER, find=_before_peft),
-    Cause(id="optimizer-holds-copy", table="C", title="module deep-copied beside the optimizer", mend=_OPTIMIZER,
-          find=_copied),
-    Cause(id="optimizer-holds-replaced", table="C", title="load_state_dict(assign=True) after the optimizer was built",
-          mend=_OPTIMIZER, find=_replaced),
-    Cause(id="optimizer-holds-frozen", table="C", title="optimizer built from the wrong parameters", mend=_OPTIMIZER,
-          find=_frozen_in_optimizer),
-    Cause(id="optimizer-incomplete", table="C", title="projection unfrozen after the optimizer was built",
-          mend=_OPTIMIZER, find=_incomplete),
-    Cause(id="gradient-cleared", table="C", title="zero_grad between backward and step",
-          mend="zero_grad(), forward, backward(), step(), in this order.", find=_cleared),
-    Cause(id="optimizer-never-steps", table="C", title="another optimizer is stepped",
-          mend="call step() of the optimizer that holds the projection.", find=_never_stepped),
-    Cause(id="weights-too-coarse", table="C", title="projection weights in 16 bits",
-          mend="keep the projection in float32: proj.float(), and cast its output to the LLM's dtype.",
-          find=_low_precision),
+          mend="look at the inputs of that module; lower the learning rate or the precision's "
+               "demands.", find=_not_finite),
     Cause(id="memory-too-loud", table="C", title="memory far larger than the embeddings",
           mend="scale the projection's output to the embeddings' RMS.", find=_too_loud),
 )  # fmt: skip

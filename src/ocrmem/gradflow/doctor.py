@@ -17,7 +17,7 @@ from torch import nn
 
 from ocrmem.errors import OcrmemError, ProbeError
 from ocrmem.files import write_text
-from ocrmem.gradflow.explain import Explanation, explain, find_error_cause
+from ocrmem.gradflow.explain import explain, find_error_cause
 from ocrmem.gradflow.probe import LossFunction, report_of_error, verify_gradient_flow
 from ocrmem.gradflow.report import GradientReport
 from ocrmem.gradflow.source import error_place
@@ -66,8 +66,8 @@ def run_doctor(
     """Examine what a script makes.
 
     Args:
-        target: `my_script.py:make`; `make()` takes nothing and returns (model, batch), (model, batch, optimizer), or
-            a `Subject`.
+        target: `my_script.py:make`; `make()` takes nothing and returns (model, batch), (model, batch,
+            optimizer), or a `Subject`.
         json: print one JSON object instead of text.
         trainable: names of the modules that should learn; None: what `make` says, or what requires grad.
         picture: where to save the path as SVG; None: no picture.
@@ -134,22 +134,19 @@ def load_make(target: str) -> Callable[[], Any]:
     """Import `my_script.py` and return its function.
 
     Raises:
-        ProbeError: the target has another form, the file does not exist, does not import, or has no such function.
+        ProbeError: the target has another form, the file does not exist, does not import, or has no such
+            function.
     """
     file, separator, name = target.rpartition(":")
     if not separator or not file.endswith(".py") or not name.isidentifier():
-        raise ProbeError(
-            f"the target is {target!r}; expected a Python file and a function in it: my_script.py:make"
-        )
+        raise ProbeError(f"the target is {target!r}; expected a Python file and a function in it: my_script.py:make")
     path = Path(file)
     if not path.is_file():
         raise ProbeError(f"{file!r} is not a file (looked in {Path.cwd()}). Give the path of the script.")
     module = _import(path)
     make = vars(module).get(name)
     if not callable(make):
-        functions = [
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        ]
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         shown = ", ".join(functions[:8]) or "none"
         raise ProbeError(f"{file!r} has no function {name!r}; it has: {shown}.")
     return make
@@ -171,9 +168,7 @@ def make_subject(make: Callable[[], Any], *, target: str) -> Subject | GradientR
         if report.error is not None and find_error_cause(report.error) is not None:
             return report
         at = "" if source is None else f" at {source} (`{source.text}`)"
-        raise ProbeError(
-            f"{target} raised {type(error).__name__}{at}: {error}. Make it run first."
-        ) from error
+        raise ProbeError(f"{target} raised {type(error).__name__}{at}: {error}. Make it run first.") from error
     if isinstance(made, Subject):
         return made
     if isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module):
@@ -198,7 +193,8 @@ def _import(path: Path) -> ModuleType:
             source, _ = error_place(error.__traceback__)
             at = "" if source is None else f" at {source}"
             raise ProbeError(
-                f"{str(path)!r} does not import: {type(error).__name__}{at}: {error}. Make `python {path}` run first, "
+                f"{str(path)!r} does not import: {type(error).__name__}{at}: {error}. Make `python {path}` "
+                "run first, "
                 "and keep the training itself under `if __name__ == '__main__':`."
             ) from error
         finally:

@@ -6,13 +6,21 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ocrmem.gradflow import causes_cuts, causes_errors, causes_parallel, causes_silent
+from ocrmem.gradflow import (
+    causes_cuts,
+    causes_errors,
+    causes_optimizer,
+    causes_parallel,
+    causes_setup,
+    causes_silent,
+)
 from ocrmem.gradflow.cause import E0, Cause, Finding, learns, moved
 from ocrmem.gradflow.report import ErrorFacts, GradientReport, SourceLine
 
 Verdict = Literal["healthy", "cut", "raises", "silent", "hangs", "undecided"]
-"""healthy: it learns. cut: the bare RuntimeError. raises: another error. silent: the backward runs and nothing, too
-little or the wrong thing is learnt. hangs: processes would wait for each other. undecided: this batch cannot tell."""
+"""healthy: it learns. cut: the bare RuntimeError. raises: another error. silent: the backward runs and
+nothing, too little or the wrong thing is learnt. hangs: processes would wait for each other. undecided: this
+batch cannot tell."""
 
 UNKNOWN = "no-known-cause"
 """Cause of a broken chain that matches nothing we know."""
@@ -20,8 +28,10 @@ UNKNOWN = "no-known-cause"
 CAUSES: tuple[Cause, ...] = (
     *causes_parallel.CAUSES,
     *causes_errors.CAUSES,
+    *causes_setup.CAUSES,
     *causes_cuts.CAUSES,
     *causes_silent.CAUSES,
+    *causes_optimizer.CAUSES,
 )
 """In the order in which they are tried."""
 
@@ -94,7 +104,8 @@ def explain(report: GradientReport) -> Explanation:
             warnings=warnings,
         )
     mend = (
-        "compare the tree of modules below with what you expect; the break lies between the last line that carries a "
+        "compare the tree of modules below with what you expect; the break lies between the last line that "
+        "carries a "
         "gradient and the first that does not."
     )
     return _explanation(UNKNOWN, mend, _unknown(report), _verdict(report, None), warnings)
@@ -181,7 +192,8 @@ def _warnings(report: GradientReport) -> tuple[Warning, ...]:
             found.append(
                 Warning(
                     id="inference-features-by-luck",
-                    sentence=f"`{lucky.path}` gets inference tensors; it works only because their memory layout forces a "
+                    sentence=f"`{lucky.path}` gets inference tensors; it works only because their memory "
+                    "layout forces a "
                     "copy. Use torch.no_grad() for the encoder.",
                 )
             )
@@ -190,9 +202,8 @@ def _warnings(report: GradientReport) -> tuple[Warning, ...]:
             found.append(
                 Warning(
                     id="some-without-gradient",
-                    sentence=f"{len(lacking)} of {len(report.tensors)} trainable tensors get no gradient from this batch: "
-                    + ", ".join(lacking[:3])
-                    + ("..." if len(lacking) > 3 else ""),
+                    sentence=f"{len(lacking)} of {len(report.tensors)} trainable tensors get no gradient "
+                    "from this batch: " + ", ".join(lacking[:3]) + ("..." if len(lacking) > 3 else ""),
                 )
             )
         memory = report.memory
@@ -208,7 +219,8 @@ def _warnings(report: GradientReport) -> tuple[Warning, ...]:
         found.append(
             Warning(
                 id="coarse-weights",
-                sentence=f"trainable weights are {coarse[0]}; small steps round back to the same number. Give the doctor "
+                sentence=f"trainable weights are {coarse[0]}; small steps round back to the same number. "
+                "Give the doctor "
                 "the optimizer to see how many.",
             )
         )

@@ -1,7 +1,7 @@
 """Which tensors were computed from the trainable ones, and whether a gradient can still travel back.
 
-Two questions are kept apart, because the breaks differ in them: a detached memory still reaches the loss as a value
-(`Label` with live=False), a memory that was never spliced does not reach it at all (no `Label`).
+Two questions are kept apart, because the breaks differ in them: a detached memory still reaches the loss as a
+value (`Label` with live=False), a memory that was never spliced does not reach it at all (no `Label`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Label:
     live: bool
     """Its autograd graph leads back to them."""
     origin: int | None
-    """Index of the event that cut it; None while live, and for tensors that descend from frozen parameters."""
+    """Index of the event that cut it; None while live, and for tensors that descend from frozen
+    parameters."""
     fixed: bool = False
     """Its graph, if it has one, is known to come from something else."""
 
@@ -29,9 +30,9 @@ class Label:
 class Lineage:
     """Labels of tensors, by tensor object and by storage.
 
-    Storages are needed because `.data`, `nn.Parameter(x)`, in-place writes and custom autograd functions hand on
-    values without an operation that could be watched. Weak references keep a freed storage's address from being
-    taken for a new tensor's.
+    Storages are needed because `.data`, `nn.Parameter(x)`, in-place writes and custom autograd functions hand
+    on values without an operation that could be watched. Weak references keep a freed storage's address from
+    being taken for a new tensor's.
     """
 
     def __init__(self, seeds: Iterable[torch.Tensor]) -> None:

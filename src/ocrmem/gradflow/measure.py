@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,18 +83,14 @@ def tensor_grads(
     return tuple(found)
 
 
-def _kept_by_step(
-    tensor: torch.Tensor, grad: torch.Tensor | None, optimizer: torch.optim.Optimizer
-) -> float | None:
+def _kept_by_step(tensor: torch.Tensor, grad: torch.Tensor | None, optimizer: torch.optim.Optimizer) -> float | None:
     """Share of a 16-bit weight's values that one step leaves as they are.
 
     Adam's first step is the learning rate in size; a value stays if that is below half the distance to its
     neighbour, |w|·eps/2. Optimizers from elsewhere may keep float32 copies, so nothing is said of them.
     """
     inner = plain_optimizer(optimizer)
-    if tensor.dtype not in (torch.bfloat16, torch.float16) or not type(inner).__module__.startswith(
-        "torch.optim"
-    ):
+    if tensor.dtype not in (torch.bfloat16, torch.float16) or not type(inner).__module__.startswith("torch.optim"):
         return None
     if grad is None:
         return None
@@ -175,7 +172,8 @@ def host_facts(host: HostCall | None, changed_BS: torch.Tensor | None, batch: An
 
 
 def _labels_after(changed_BS: torch.Tensor | None, labels: torch.Tensor | None, batch: Any) -> int | None:
-    """Labelled positions right of a sample's first memory token; its label is predicted one position earlier."""
+    """Labelled positions right of a sample's first memory token; its label is predicted one position
+    earlier."""
     if labels is None and isinstance(batch, Mapping):
         labels = batch.get("labels")
     if changed_BS is None or not isinstance(labels, torch.Tensor) or labels.shape != changed_BS.shape:
@@ -214,7 +212,8 @@ def _pre_shifted(labels: torch.Tensor, input_ids: Any, recorder: Recorder) -> bo
         if target.numel() % samples or logits.dim() != 2:
             continue
         target_BS = target.reshape(samples, -1)
-        # Text comes last where memory was put in front; a loss that slices instead of padding has one column less.
+        # Text comes last where memory was put in front; a loss that slices instead of padding has one column
+        # less.
         columns = target_BS.shape[1]
         tail = target_BS[:, columns - length :] if columns >= length else target_BS
         if torch.equal(tail[:, : length - 1], labels[:, 1:]) and not torch.equal(tail, labels):
@@ -248,5 +247,5 @@ def optimizer_facts(model: nn.Module, target: Target, optimizer: torch.optim.Opt
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's share of a sharded tensor."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    sharding = sys.modules.get("torch.distributed.tensor")  # not imported: nothing is sharded
+    return tensor.to_local() if sharding is not None and isinstance(tensor, sharding.DTensor) else tensor

@@ -12,15 +12,14 @@ from ocrmem.gradflow.report import EventKind
 
 _PROPERTIES_WITH_VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")
 
-METADATA = frozenset(
-    f"{name}.__get__"
-    for name in vars(torch.Tensor) | dict.fromkeys(dir(torch.Tensor))
-    if name not in _PROPERTIES_WITH_VALUES
-) | {"size", "dim", "numel", "stride", "is_contiguous", "element_size", "data_ptr", "storage_offset", "ndimension",
-     "is_floating_point", "is_complex", "is_signed", "get_device", "__len__", "__hash__", "untyped_storage", "is_inference",
-     "_is_view", "type", "is_same_size", "__repr__", "__format__", "nelement", "is_nonzero", "__bool__", "equal",
-     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
-     "new_empty", "new_full", "new_tensor_meta", "register_hook", "retain_grad", "broadcast_tensors_meta"}  # fmt: skip
+METADATA = frozenset(f"{name}.__get__" for name in dir(torch.Tensor) if name not in _PROPERTIES_WITH_VALUES) | {
+    *("size", "dim", "numel", "stride", "is_contiguous", "element_size", "data_ptr", "storage_offset"),
+    *("is_floating_point", "is_complex", "is_signed", "get_device", "ndimension", "nelement", "type", "is_same_size"),
+    *("is_inference", "_is_view", "is_nonzero", "equal", "untyped_storage", "register_hook", "retain_grad"),
+    *("__len__", "__hash__", "__repr__", "__format__", "__bool__"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_full"),
+}
 """Operations whose result holds no value of their argument, only its shape, type or truth."""
 
 LEAVES_TORCH: dict[str, EventKind] = {
@@ -115,17 +114,15 @@ def masked_splice(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         parts = [*args, *(kwargs[key] for key in ("mask", "source") if key in kwargs)]
         if len(parts) == 3 and all(isinstance(part, torch.Tensor) for part in parts):
             target, mask, source = parts
-            return MaskedSplice(
-                source, _count(mask.expand_as(target)) if _fits(mask, target) else _count(mask)
-            )
+            return MaskedSplice(source, _count(mask.expand_as(target)) if _fits(mask, target) else _count(mask))
     if name == "where" and len(args) == 3 and isinstance(args[0], torch.Tensor):
         source = args[1]
         if isinstance(source, torch.Tensor):
             return MaskedSplice(source, _count(args[0]))
-    if name == "__setitem__" and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool:
-        if isinstance(args[2], torch.Tensor):
-            row = args[0][args[1]].shape[1:].numel() if args[1].dim() < args[0].dim() else 1
-            return MaskedSplice(args[2], _count(args[1]) * row)
+    if name == "__setitem__" and all(isinstance(arg, torch.Tensor) for arg in args):
+        target, mask, source = args
+        if mask.dtype == torch.bool:
+            return MaskedSplice(source, _count(mask) * target.shape[mask.dim() :].numel())
     return None
 
 

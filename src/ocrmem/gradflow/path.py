@@ -10,8 +10,8 @@ from ocrmem.gradflow.explain import Explanation
 from ocrmem.gradflow.report import Event, GradientReport, ModuleCall, SourceLine
 
 Carries = Literal["not needed", "yes", "zero", "no"]
-"""Whether a station's output carries the gradient: nothing before it learns; it does; it does, and what comes is all
-zeros; it should and does not."""
+"""Whether a station's output carries the gradient: nothing before it learns; it does; it does, and what comes
+is all zeros; it should and does not."""
 
 MAX_DEPTH = 2
 """Levels of modules shown below the model's children."""
@@ -60,9 +60,7 @@ def stations(report: GradientReport, explanation: Explanation, *, numbers: bool 
         text = event.op.removesuffix(".__get__")
         place = _place(event.source or explanation.source)
         depth = max(0, min(MAX_DEPTH, event.depth - base))
-        station = Station(
-            name=text, kind="", detail="", carries="no", depth=depth, place=place, is_break=True
-        )
+        station = Station(name=text, kind="", detail="", carries="no", depth=depth, place=place, is_break=True)
         found.append((event.position, station))
         found.sort(key=lambda entry: entry[0])
     lines = [station for _, station in found]
@@ -72,9 +70,7 @@ def stations(report: GradientReport, explanation: Explanation, *, numbers: bool 
     lines = _with_break(lines, explanation)
     broken = next((index for index, line in enumerate(lines) if line.is_break), len(lines))
     if gradient_zero(report):
-        lines[:broken] = [
-            replace(line, carries="zero") if line.carries == "yes" else line for line in lines[:broken]
-        ]
+        lines[:broken] = [replace(line, carries="zero") if line.carries == "yes" else line for line in lines[:broken]]
     return lines
 
 
@@ -83,7 +79,8 @@ def _place(source: SourceLine | None) -> str:
 
 
 def _is_ungraded(station: Station, event: Event | None, explanation: Explanation) -> bool:
-    """The station is a module that runs, whole, with grad mode off: it is the break, not some operation in it."""
+    """The station is a module that runs, whole, with grad mode off: it is the break, not some operation in
+    it."""
     if event is None or event.kind != "grad-off" or not explanation.module:
         return False
     return station.name == explanation.module and station.carries == "no"
@@ -124,11 +121,7 @@ def _shown_calls(report: GradientReport) -> list[tuple[int, ModuleCall]]:
     chosen = []
     for position, call in enumerate(report.calls, start=1):
         depth = call.depth - base
-        if (
-            not call.path
-            or depth > MAX_DEPTH
-            or (depth > 0 and not call.carries and not _raised(call, report))
-        ):
+        if not call.path or depth > MAX_DEPTH or (depth > 0 and not call.carries and not _raised(call, report)):
             continue
         chosen.append((position, call))
     return chosen
@@ -137,12 +130,7 @@ def _shown_calls(report: GradientReport) -> list[tuple[int, ModuleCall]]:
 def _raised(call: ModuleCall, report: GradientReport) -> bool:
     """The call did not return: the error came from inside it."""
     error = report.error
-    return (
-        error is not None
-        and error.phase == "forward"
-        and call.shape is None
-        and part_of(error.module, call.path)
-    )
+    return error is not None and error.phase == "forward" and call.shape is None and part_of(error.module, call.path)
 
 
 def _collapsed(
@@ -216,13 +204,7 @@ def _loss(report: GradientReport, explanation: Explanation, numbers: bool) -> St
     if report.loss is None:
         error = report.error
         building = error is not None and error.phase == "build"
-        raised = (
-            ""
-            if error is None
-            else f"raised {error.type}"
-            if building
-            else f"{error.type} in the {error.phase}"
-        )
+        raised = "" if error is None else f"raised {error.type}" if building else f"{error.type} in the {error.phase}"
         return Station(name="make()" if building else "loss", kind="", detail=raised, carries="no", depth=0)
     value = f"{report.loss:.4g}  " if numbers else ""
     whole = report.loss_live and report.loss_requires_grad

@@ -1,8 +1,8 @@
 """Distributed runs: what each process saw, told to the others before anything can hang.
 
-One process whose batch has no memory leaves the others waiting in a collective for a gradient or a weight that never
-comes. The probe therefore exchanges facts on a channel of its own: before each sharded module gathers its weights,
-and once more before the backward.
+One process whose batch has no memory leaves the others waiting in a collective for a gradient or a weight
+that never comes. The probe therefore exchanges facts on a channel of its own: before each sharded module
+gathers its weights, and once more before the backward.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ocrmem.gradflow.report import ParallelFacts, RankFacts
+from ocrmem.gradflow.report import ParallelFacts, RankFacts, Wrapper
 from ocrmem.gradflow.target import unwrap
 
 TIMEOUT = timedelta(seconds=60)
@@ -39,17 +39,13 @@ class Ranks:
     def __init__(self, model: nn.Module) -> None:
         self.active = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if self.active else 0
-        self.wrapper = _wrapper(model)
+        self.wrapper: Wrapper = _wrapper(model)
         self.find_unused = (
-            bool(model.find_unused_parameters)
-            if isinstance(model, nn.parallel.DistributedDataParallel)
-            else None
+            bool(model.find_unused_parameters) if isinstance(model, nn.parallel.DistributedDataParallel) else None
         )
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.active else None
         self._names = {module: name or "(model)" for name, module in unwrap(model).named_modules()}
-        self._sharded = (
-            {module for module in model.modules() if _is_sharded(module)} if self.active else set()
-        )
+        self._sharded = {module for module in model.modules() if _is_sharded(module)} if self.active else set()
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, by rank."""
@@ -61,7 +57,8 @@ class Ranks:
 
     @contextmanager
     def comparing_collectives(self) -> Iterator[None]:
-        """Raise `CollectivesDiffer` on every process before one of them gathers a module that another does not."""
+        """Raise `CollectivesDiffer` on every process before one of them gathers a module that another does
+        not."""
         handles = [module.register_forward_pre_hook(self._meet, prepend=True) for module in self._sharded]
         try:
             yield
@@ -73,19 +70,16 @@ class Ranks:
 
     def close(self) -> None:
         """Give the channel back."""
-        if self._group is not None:
+        if isinstance(self._group, dist.ProcessGroup):
             dist.destroy_process_group(self._group)
 
-    def facts(
-        self, *, mine: RankFacts | None, skipped: bool, places: tuple[str, ...] | None
-    ) -> ParallelFacts:
-        """For the report; `mine` is sent to the others here, so every process must come by."""
-        gathered = [fact for fact in self.gather(mine) if fact is not None]
+    def facts(self, ranks: tuple[RankFacts, ...], *, skipped: bool, places: tuple[str, ...] | None) -> ParallelFacts:
+        """For the report."""
         return ParallelFacts(
             wrapper=self.wrapper,
             rank=self.rank,
             find_unused_parameters=self.find_unused,
-            ranks=tuple(gathered),
+            ranks=ranks,
             backward_skipped=skipped,
             collectives_differ=places,
         )
@@ -101,7 +95,8 @@ class Ranks:
 
 
 def would_hang(ranks: tuple[RankFacts, ...], *, find_unused: bool | None) -> bool:
-    """Whether a backward would leave some process waiting: not all of them have the same gradients to reduce."""
+    """Whether a backward would leave some process waiting: not all of them have the same gradients to
+    reduce."""
     if len(ranks) < 2:
         return False
     able = {fact.loss_requires_grad and fact.error is None for fact in ranks}
@@ -110,7 +105,7 @@ def would_hang(ranks: tuple[RankFacts, ...], *, find_unused: bool | None) -> boo
     return len(able) > 1 or len(reaching) > 1
 
 
-def _wrapper(model: nn.Module) -> Literal["none", "DDP", "FSDP1", "FSDP2"]:
+def _wrapper(model: nn.Module) -> Wrapper:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return "DDP"
     kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}

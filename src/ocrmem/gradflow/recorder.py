@@ -1,7 +1,7 @@
 """Watches one forward: every torch operation, every module call, every switch of grad mode.
 
-Operations are seen by a `TorchFunctionMode`, modules by torch's global module hooks, which also see modules that are
-not registered in the model. Nothing is changed on the model itself.
+Operations are seen by a `TorchFunctionMode`, modules by torch's global module hooks, which also see modules
+that are not registered in the model. Nothing is changed on the model itself.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from ocrmem.gradflow.calls import CallLog
 from ocrmem.gradflow.lineage import Label, Lineage, storage_address
 from ocrmem.gradflow.report import Event, EventKind, SourceLine
 from ocrmem.gradflow.source import grad_switch_line, in_pickling, surroundings
-
-MAX_EVENTS = 500
-"""Distinct events kept; comparisons in a big model's mask code are many and rarely matter."""
 
 
 class Recorder(TorchFunctionMode):
@@ -75,9 +72,7 @@ class Recorder(TorchFunctionMode):
     def all_events(self) -> tuple[Event, ...]:
         """The events, with `used` filled in for splices."""
         return tuple(
-            replace(event, used=index in self._used)
-            if event.kind == "splice" and not event.in_place
-            else event
+            replace(event, used=index in self._used) if event.kind == "splice" and not event.in_place else event
             for index, event in enumerate(self.events)
         )
 
@@ -110,8 +105,6 @@ class Recorder(TorchFunctionMode):
         self._after(name, args, labels, target, result, splice)
         return result
 
-    # -- after an operation --------------------------------------------------------------------------------------
-
     def _after(
         self,
         name: str,
@@ -128,9 +121,7 @@ class Recorder(TorchFunctionMode):
             self._note_made_leaf(name, args)
             return
         if name == "data.__get__" and not labels:
-            self._through_data.update(
-                address for out in outputs if (address := storage_address(out)) is not None
-            )
+            self._through_data.update(address for out in outputs if (address := storage_address(out)) is not None)
         if name == "__getitem__" and outputs and storage_address(outputs[0]) != storage_address(args[0]):
             self._gathered[outputs[0]] = True
         if not labels:
@@ -164,9 +155,7 @@ class Recorder(TorchFunctionMode):
                 continue
             if live and not output.requires_grad:
                 if cut is None:
-                    cut = self._add(
-                        self._kind_of_cut(name, output), name, max(tensor.numel() for tensor in live)
-                    )
+                    cut = self._add(self._kind_of_cut(name, output), name, max(tensor.numel() for tensor in live))
                 origin = cut
             else:
                 origin = inherited
@@ -176,21 +165,18 @@ class Recorder(TorchFunctionMode):
                 self._add("empty", name, live[0].numel())
             if name in ops.FLAT:
                 self._add("flat", name, live[0].numel())
-            elif name in ("mul", "__mul__", "__rmul__", "mul_") and any(
-                ops.is_zero_number(arg) for arg in args
-            ):
+            elif name in ("mul", "__mul__", "__rmul__", "mul_") and any(ops.is_zero_number(arg) for arg in args):
                 self._add("zero-weight", name, live[0].numel())
 
     def _kind_of_cut(self, name: str, output: torch.Tensor) -> EventKind:
         kind = ops.kind_of_cut(name, output)
         # Inside a custom function's forward autograd is off without anyone having switched it off.
-        in_custom_function = (
-            self._enabled_at_start and self.grad_off is None and not torch.is_inference_mode_enabled()
-        )
+        in_custom_function = self._enabled_at_start and self.grad_off is None and not torch.is_inference_mode_enabled()
         return "no-derivative" if kind == "grad-off" and in_custom_function else kind
 
     def _label(self, tensor: torch.Tensor) -> Label | None:
-        """The label of an input; a leaf that shares storage with a labelled tensor becomes an event of its own."""
+        """The label of an input; a leaf that shares storage with a labelled tensor becomes an event of its
+        own."""
         label = self.lineage.get(tensor)
         if label is None or label.live or self.lineage.knows_object(tensor):
             return label
@@ -202,8 +188,6 @@ class Recorder(TorchFunctionMode):
             self.lineage.set(tensor, label)
         return label
 
-    # -- single observations -------------------------------------------------------------------------------------
-
     def _note_grad_switch(self, enabled: bool) -> None:
         if enabled and (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
             return
@@ -214,7 +198,8 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def _inference_switches(self) -> Iterator[None]:
-        """Note where inference mode begins; torch offers no override for it, so its `__enter__` is wrapped."""
+        """Note where inference mode begins; torch offers no override for it, so its `__enter__` is
+        wrapped."""
         original = torch.inference_mode.__enter__
 
         @functools.wraps(original)
@@ -223,7 +208,7 @@ class Recorder(TorchFunctionMode):
                 self.grad_off = self.inference_line = grad_switch_line()
             original(context)
 
-        torch.inference_mode.__enter__ = enter
+        torch.inference_mode.__enter__ = enter  # pyright: ignore[reportAttributeAccessIssue]
         try:
             yield
         finally:
@@ -276,9 +261,7 @@ class Recorder(TorchFunctionMode):
         label = self.lineage.get(tensor)
         index = self._add("made-leaf", name, tensor.numel() if label is not None else 0, slots=tensor.dim())
         if label is not None and not label.live:
-            self.lineage.set(
-                tensor, Label(False, index if label.origin is None else label.origin, fixed=True)
-            )
+            self.lineage.set(tensor, Label(False, index if label.origin is None else label.origin, fixed=True))
 
     def _add(
         self, kind: EventKind, op: str, num_elements: int, *, slots: int | None = None, in_place: bool = False
@@ -288,8 +271,6 @@ class Recorder(TorchFunctionMode):
         key = (kind, op, around.source, torch.is_grad_enabled(), slots)
         if key in self._keys:
             return self._keys[key]
-        if len(self.events) >= MAX_EVENTS:
-            self._forget_harmless()
         off = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         self.events.append(
             Event(

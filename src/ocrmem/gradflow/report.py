@@ -15,6 +15,9 @@ GradState = Literal["none", "zero", "finite", "non-finite"]
 Phase = Literal["build", "forward", "loss", "backward", "step", "second pass"]
 """Where an error was raised."""
 
+Wrapper = Literal["none", "DDP", "FSDP1", "FSDP2"]
+"""What spreads a model over processes."""
+
 EventKind = Literal[
     "detach",
     "data",
@@ -97,7 +100,8 @@ class Event:
     """Innermost module that was running; empty for the model itself."""
     source: SourceLine | None
     region: SourceLine | None
-    """Where grad mode was switched off, if it was off; inside a reentrant checkpoint, where that was called."""
+    """Where grad mode was switched off, if it was off; inside a reentrant checkpoint, where that was
+    called."""
     grad_enabled: bool
     inference_mode: bool
     reentrant: bool
@@ -128,16 +132,16 @@ class TensorGrad:
     dtype: str
     requires_grad: bool
     in_graph: bool | None
-    """The loss's autograd graph leads to it. None: not knowable (sharded tensors), and unreliable for tensors used
-    inside a reentrant checkpoint, so no verdict rests on it alone."""
+    """The loss's autograd graph leads to it. None: not knowable (sharded tensors), and unreliable for tensors
+    used inside a reentrant checkpoint, so no verdict rests on it alone."""
     state: GradState
     norm: float | None
     zero_fraction: float | None
     all_zero_values: bool
     """The tensor itself is all zeros."""
     kept_by_step: float | None = None
-    """With a torch.optim optimizer: share of values that one step at its learning rate would round back to what they
-    were, for a weight in 16 bits."""
+    """With a torch.optim optimizer: share of values that one step at its learning rate would round back to
+    what they were, for a weight in 16 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,13 +249,14 @@ class RankFacts:
 class ParallelFacts:
     """How the model is spread over processes."""
 
-    wrapper: Literal["none", "DDP", "FSDP1", "FSDP2"]
-    rank: int
-    find_unused_parameters: bool | None
-    ranks: tuple[RankFacts, ...]
-    backward_skipped: bool
+    wrapper: Wrapper = "none"
+    rank: int = 0
+    """This process."""
+    find_unused_parameters: bool | None = None
+    ranks: tuple[RankFacts, ...] = ()
+    backward_skipped: bool = False
     """The ranks differ, so that a backward would have hung."""
-    collectives_differ: tuple[str, ...] | None
+    collectives_differ: tuple[str, ...] | None = None
     """For each rank the sharded module that it was about to gather, where these were not the same."""
 
 
@@ -275,47 +280,47 @@ class GradientReport:
 
     model: str
     """Class name."""
-    training: dict[str, bool]
+    training: dict[str, bool] = field(default_factory=dict)
     """Train mode of the model (key "") and of its children."""
-    grad_enabled_at_start: bool
-    inference_mode_at_start: bool
-    grad_mode_leak: SourceLine | None
+    grad_enabled_at_start: bool = True
+    inference_mode_at_start: bool = False
+    grad_mode_leak: SourceLine | None = None
     """The forward switched grad mode off and did not switch it on again, here."""
-    trainable: tuple[str, ...]
+    trainable: tuple[str, ...] = ()
     """Modules that should learn."""
-    named: bool
+    named: bool = False
     """The caller named them; otherwise they were taken from `requires_grad`."""
-    calls: tuple[ModuleCall, ...]
-    events: tuple[Event, ...]
-    chain_end: int | None
+    calls: tuple[ModuleCall, ...] = ()
+    events: tuple[Event, ...] = ()
+    chain_end: int | None = None
     """Index of the event after which the value that became the loss had no gradient left."""
-    loss: float | None
-    loss_requires_grad: bool
-    loss_grad_fn: str | None
-    loss_carries: bool
+    loss: float | None = None
+    loss_requires_grad: bool = False
+    loss_grad_fn: str | None = None
+    loss_carries: bool = False
     """The loss was computed from the trainable tensors, with or without a gradient."""
-    loss_live: bool
+    loss_live: bool = False
     """The loss's graph leads back to them."""
-    backward_ran: bool
-    tensors: tuple[TensorGrad, ...]
+    backward_ran: bool = False
+    tensors: tuple[TensorGrad, ...] = ()
     """Every trainable tensor."""
-    inference_line: SourceLine | None
+    inference_line: SourceLine | None = None
     """Where `torch.inference_mode()` was entered last during the forward."""
-    inference_parameters: tuple[str, ...]
+    inference_parameters: tuple[str, ...] = ()
     """Parameters that were made under `torch.inference_mode()`."""
-    frozen_with_grad: tuple[str, ...]
+    frozen_with_grad: tuple[str, ...] = ()
     """Tensors outside `trainable` that received a gradient."""
-    underflow_scale: float | None
+    underflow_scale: float | None = None
     """Loss scale at which gradients that were all zero became non-zero; None: not tried, or none did."""
-    dropped_columns: tuple[str, ...]
+    dropped_columns: tuple[str, ...] = ()
     """Keys that the data had and the batch has not."""
-    memory: MemoryFacts | None
-    host: HostFacts | None
-    labels: LabelFacts | None
-    optimizer: OptimizerFacts | None
-    step: StepFacts | None
-    parallel: ParallelFacts
-    error: ErrorFacts | None
+    memory: MemoryFacts | None = None
+    host: HostFacts | None = None
+    labels: LabelFacts | None = None
+    optimizer: OptimizerFacts | None = None
+    step: StepFacts | None = None
+    parallel: ParallelFacts = field(default_factory=ParallelFacts)
+    error: ErrorFacts | None = None
     exception: Exception | None = field(default=None, repr=False, compare=False)
     """The exception itself, for chaining; without its traceback, which would keep the whole graph alive."""
 

@@ -36,12 +36,13 @@ class RandomState:
 class Snapshot:
     """What of a model a forward and backward may change.
 
-    Parameters are too large to copy; `before_write` copies one at the moment that an operation is about to write
-    into it. Gradients are taken off the tensors and put back as the same objects.
+    Parameters are too large to copy; `before_write` copies one at the moment that an operation is about to
+    write into it. Gradients are taken off the tensors and put back as the same objects.
 
     Args:
         model: the model.
-        extra: further tensors whose gradients are kept, such as those of modules that the model does not register.
+        extra: further tensors whose gradients are kept, such as those of modules that the model does not
+            register.
     """
 
     def __init__(self, model: nn.Module, *, extra: Iterable[torch.Tensor] = ()) -> None:
@@ -54,9 +55,7 @@ class Snapshot:
             for module in model.modules()
             if not _keeps_own_books(module)
         ]
-        self._buffers = [
-            (buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta
-        ]
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
         self._written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._tensors = [*model.parameters(), *model.buffers(), *extra]
         self._requires_grad = [(tensor, tensor.requires_grad) for tensor in self._tensors]
@@ -98,10 +97,7 @@ class Snapshot:
 
 def _keeps_own_books(module: nn.Module) -> bool:
     """DDP and FSDP note in their attributes how far they are; going back would contradict their C++ side."""
-    return any(
-        base.__module__.startswith(("torch.nn.parallel", "torch.distributed"))
-        for base in type(module).__mro__
-    )
+    return any(base.__module__.startswith(("torch.nn.parallel", "torch.distributed")) for base in type(module).__mro__)
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -1,4 +1,5 @@
-"""The forward again: with the memory tokens permuted, and, where all gradients were zero, with a scaled loss."""
+"""The forward again: with the memory tokens permuted, and, where all gradients were zero, with a scaled
+loss."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Run = Callable[[], tuple[Any, torch.Tensor]]
 """Runs the forward from the same random state; returns the outputs and the loss."""
 
 UNDERFLOW_SCALE = 2.0**24
-"""float16 loses what is below 2^-24; a loss scaled by as much brings back what was lost from ordinary sizes."""
+"""float16 loses what is below 2^-24; a loss scaled by as much brings back what was lost from ordinary
+sizes."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ def disturb(
     host = recorder.log.host
     try:
         with _disturbed(target, _permute if permuted else torch.neg) as seen:
-            outputs, other = run()
+            _, other = run()
         change = float((other.detach() - loss.detach()).float())
         result = SecondPass(loss_change=change, calls=seen.calls, permuted=permuted)
         if change == 0:
@@ -75,9 +77,7 @@ def underflow_scale(
         return None
     _, loss = run()
     try:
-        scaled = torch.autograd.grad(
-            loss.float() * UNDERFLOW_SCALE, list(target.tensors.values()), allow_unused=True
-        )
+        scaled = torch.autograd.grad(loss.float() * UNDERFLOW_SCALE, list(target.tensors.values()), allow_unused=True)
     except RuntimeError:
         return None
     return UNDERFLOW_SCALE if any(grad is not None and bool(grad.any()) for grad in scaled) else None
@@ -99,7 +99,8 @@ def _first_row(tokens: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _disturbed(target: Target, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[_Seen]:
-    """Change the first tensor of every trainable module's output, and note the last `inputs_embeds` passed."""
+    """Change the first tensor of every trainable module's output, and note the last `inputs_embeds`
+    passed."""
     seen = _Seen()
     roots = set(target.roots.values())
 

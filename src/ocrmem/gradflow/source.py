@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 import sysconfig
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
@@ -36,10 +37,8 @@ def source_line(file: str, line: int) -> SourceLine:
     """The line with its text, the path relative to the working directory where it lies below it."""
     text = linecache.getline(file, line).strip()
     path = Path(file)
-    try:
+    with suppress(ValueError):
         path = path.relative_to(Path.cwd())
-    except ValueError:
-        pass
     return SourceLine(file=str(path), line=line, text=text)
 
 
@@ -104,7 +103,8 @@ def in_pickling() -> bool:
 
 
 def grad_switch_line() -> SourceLine | None:
-    """Where grad mode is being switched: the `with` line, the call, or the function that a decorator covers."""
+    """Where grad mode is being switched: the `with` line, the call, or the function that a decorator
+    covers."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -119,7 +119,8 @@ def grad_switch_line() -> SourceLine | None:
 
 
 def error_place(traceback: TracebackType | None) -> tuple[SourceLine | None, list[nn.Module]]:
-    """Where an error was raised, by the same choice of line, and the modules that were running, outermost first."""
+    """Where an error was raised, by the same choice of line, and the modules that were running, outermost
+    first."""
     lines: list[tuple[str, int]] = []
     modules: list[nn.Module] = []
     while traceback is not None:

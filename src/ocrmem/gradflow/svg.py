@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
+from itertools import pairwise
 from xml.sax.saxutils import escape
 
 from ocrmem.gradflow.explain import Explanation
@@ -48,7 +49,7 @@ def draw_path(report: GradientReport, explanation: Explanation, *, numbers: bool
     header, top = _header(report, explanation)
     boxes = _boxes(stations(report, explanation, numbers=numbers), top)
     parts = [header]
-    for above, below in zip(boxes, boxes[1:], strict=False):
+    for above, below in pairwise(boxes):
         parts.append(_connector(above, below))
     parts += [_box(box) for box in boxes]
     target = next((box for box in boxes if box.break_y is not None), None)
@@ -86,9 +87,7 @@ def _few(nested: list[Station]) -> list[Station]:
 
 def _header(report: GradientReport, explanation: Explanation) -> tuple[str, int]:
     colour = _verdict_colour(explanation)
-    label = (
-        explanation.verdict if explanation.cause is None else f"{explanation.verdict}: {explanation.cause}"
-    )
+    label = explanation.verdict if explanation.cause is None else f"{explanation.verdict}: {explanation.cause}"
     learner = ", ".join(report.trainable) or report.model
     pill = 24 + round(8.7 * len(label))
     lines = textwrap.wrap(explanation.sentence, 112)
@@ -111,9 +110,7 @@ def _box(box: _Box) -> str:
         f'stroke="{colour}" stroke-width="{width}"{dash}/>',
         _symbol(BOX_X + 22, box.top + 22, head.carries),
         _text(BOX_X + 42, box.top + 27, _cut(head.name, 34), size=15, bold=True),
-        _text(
-            BOX_X + BOX_WIDTH - 16, box.top + 27, _cut(head.kind, 26), size=12, colour="#57606a", anchor="end"
-        ),
+        _text(BOX_X + BOX_WIDTH - 16, box.top + 27, _cut(head.kind, 26), size=12, colour="#57606a", anchor="end"),
     ]
     y = box.top + 46
     if _detail(head):
@@ -177,9 +174,7 @@ def _note(explanation: Explanation, anchor: int, *, earliest: int) -> tuple[str,
         add("the gradient arrives", 36, bold=True, colour=colour)
         add(explanation.sentence, 44)
     else:
-        add(
-            "the break" if explanation.verdict != "undecided" else "not decided", 36, bold=True, colour=colour
-        )
+        add("the break" if explanation.verdict != "undecided" else "not decided", 36, bold=True, colour=colour)
         if explanation.source is not None:
             add(str(explanation.source), 44, mono=True, colour="#57606a")
             add(explanation.source.text[:132], 44, mono=True)
@@ -197,14 +192,13 @@ def _note(explanation: Explanation, anchor: int, *, earliest: int) -> tuple[str,
     parts = [
         f'<path d="M{BOX_X + BOX_WIDTH} {anchor} H{NOTE_X}" stroke="{colour}" stroke-width="1.5" fill="none"/>',
         f'<circle cx="{BOX_X + BOX_WIDTH}" cy="{anchor}" r="4.5" fill="{colour}"/>',
-        f'<rect x="{NOTE_X}" y="{top}" width="{NOTE_WIDTH}" height="{height}" rx="10" fill="#ffffff" stroke="{colour}"/>',
+        f'<rect x="{NOTE_X}" y="{top}" width="{NOTE_WIDTH}" height="{height}" rx="10" fill="#ffffff" '
+        f'stroke="{colour}"/>',
         f'<rect x="{NOTE_X}" y="{top}" width="5" height="{height}" rx="2.5" fill="{colour}"/>',
     ]
     for index, (line, style) in enumerate(rows):
         size = 11 if style.get("mono") else 12.5
-        parts.append(
-            _text(NOTE_X + 18, top + 23 + 18 * index + spaced[index], line, **{"size": size, **style})
-        )
+        parts.append(_text(NOTE_X + 18, top + 23 + 18 * index + spaced[index], line, **{"size": size, **style}))
     return "\n".join(parts), top + height
 
 
@@ -219,9 +213,7 @@ def _legend(y: int) -> str:
     for state, words in items:
         parts.append(_symbol(x, y + 8, state) + _text(x + 16, y + 12, words, size=12, colour="#57606a"))
         x += 40 + round(6.9 * len(words))
-    parts.append(
-        _text(WIDTH - 40, y + 12, "values go down, gradients go up", size=12, colour="#57606a", anchor="end")
-    )
+    parts.append(_text(WIDTH - 40, y + 12, "values go down, gradients go up", size=12, colour="#57606a", anchor="end"))
     return "\n".join(parts)
 
 
@@ -236,7 +228,8 @@ def _symbol(x: int, y: int, state: Carries) -> str:
         mark = f"M{x - 3.5} {y - 3.5} L{x + 3.5} {y + 3.5} M{x + 3.5} {y - 3.5} L{x - 3.5} {y + 3.5}"
     return (
         f'<circle cx="{x}" cy="{y}" r="9" fill="{colour}"/>'
-        f'<path d="{mark}" stroke="#ffffff" stroke-width="2" fill="none" stroke-linecap="round" stroke-linejoin="round"/>'
+        f'<path d="{mark}" stroke="#ffffff" stroke-width="2" fill="none" stroke-linecap="round" '
+        'stroke-linejoin="round"/>'
     )
 
 
@@ -266,6 +259,7 @@ def _verdict_colour(explanation: Explanation) -> str:
 
 def _document(body: str, height: int) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" '
         f'role="img">\n<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>\n{body}\n</svg>\n'
     )

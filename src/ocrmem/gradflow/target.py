@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ocrmem.errors import ProbeError
+from ocrmem.gradflow.operations import tensors_in
 
 Trainable = nn.Module | str | Iterable[nn.Module | str | nn.Parameter]
 """A module, its name in the model, or several modules, names and parameters."""
@@ -45,16 +46,18 @@ def resolve_target(model: nn.Module, trainable: Trainable | None) -> Target:
         trainable: what the caller named; None: every parameter that requires grad.
 
     Raises:
-        ProbeError: a name is not in the model, a named module has no parameters, or the model has none at all.
+        ProbeError: a name is not in the model, a named module has no parameters, or the model has none at
+            all.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     if trainable is None:
         if not names:
             raise ProbeError(
-                f"{type(model).__name__} has no parameters at all, so nothing in it can learn. Pass the model that "
+                f"{type(model).__name__} has no parameters at all, so nothing in it can learn. Pass the "
+                "model that "
                 "is trained; modules kept in a plain list are not part of a model, nn.ModuleList keeps them."
             )
-        tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        tensors: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         return Target(tensors=tensors, roots=_roots(model, tensors.values()), named=False)
     items: list[nn.Module | str | nn.Parameter] = (
         [trainable] if isinstance(trainable, (nn.Module, str)) else list(trainable)
@@ -67,9 +70,7 @@ def resolve_target(model: nn.Module, trainable: Trainable | None) -> Target:
         path, module = _module(model, item)
         found = [(f"{path}.{name}".lstrip("."), parameter) for name, parameter in module.named_parameters()]
         if not found:
-            raise ProbeError(
-                f"trainable={path!r} has no parameters; name the module whose weights should learn."
-            )
+            raise ProbeError(f"trainable={path!r} has no parameters; name the module whose weights should learn.")
         # A wrapper such as peft's keeps frozen originals beside what learns.
         learning = [(name, parameter) for name, parameter in found if parameter.requires_grad]
         tensors |= {names.get(id(p), name): p for name, p in learning or found}
@@ -90,7 +91,8 @@ def _module(model: nn.Module, item: nn.Module | str) -> tuple[str, nn.Module]:
         return best, paths[best]
     children = ", ".join(name for name, _ in model.named_children()) or "none"
     raise ProbeError(
-        f"trainable={item!r} is not a module of {type(model).__name__}; its children are: {children}. Give one of "
+        f"trainable={item!r} is not a module of {type(model).__name__}; its children are: {children}. Give "
+        "one of "
         "these, or a longer path as model.named_modules() prints it."
     )
 
@@ -116,7 +118,8 @@ def _roots(model: nn.Module, tensors: Iterable[torch.Tensor]) -> dict[str, nn.Mo
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:
-    """Call the model: a mapping as keywords, a tuple or list as positions, anything else as the one argument."""
+    """Call the model: a mapping as keywords, a tuple or list as positions, anything else as the one
+    argument."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, Sequence) and not isinstance(batch, str):
@@ -139,7 +142,8 @@ def loss_of(outputs: Any, *, model: nn.Module) -> torch.Tensor:
         loss = getattr(outputs, "loss", None)
     if not isinstance(loss, torch.Tensor):
         raise ProbeError(
-            f"{type(model).__name__} returned {type(outputs).__name__} without a loss. Put labels into the batch, or "
+            f"{type(model).__name__} returned {type(outputs).__name__} without a loss. Put labels into the "
+            "batch, or "
             "pass loss_fn=lambda outputs, batch: ... that returns a scalar tensor."
         )
     return scalar(loss)
@@ -160,8 +164,6 @@ def scalar(loss: Any) -> torch.Tensor:
 
 def check_devices(model: nn.Module, batch: Any) -> None:
     """Raise if a tensor of the batch lies on a device where no parameter of the model does."""
-    from ocrmem.gradflow.operations import tensors_in
-
     wanted = {parameter.device for parameter in model.parameters()} or {torch.device("cpu")}
     named = batch.items() if isinstance(batch, Mapping) else [("batch", batch)]
     for name, value in named:

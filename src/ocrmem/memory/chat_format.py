@@ -72,9 +72,7 @@ class ChatFormat:
         self.default_system = self._default_system()
         self.num_reply_tail = self._num_reply_tail()
 
-    def text(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, num_placeholders: int = 0
-    ) -> str:
+    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool, num_placeholders: int = 0) -> str:
         """The messages as the template writes them, with the memory's header and placeholders in front.
 
         Args:
@@ -88,9 +86,7 @@ class ChatFormat:
         turns = self._turns(messages, num_placeholders)
         try:
             return str(
-                self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
+                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
             )
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns[:12]) + (", …" if len(turns) > 12 else "")

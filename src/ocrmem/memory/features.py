@@ -55,18 +55,14 @@ class FeatureStore:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError(
-                f"feature cache {str(folder)!r} is a file; give the path of a folder, new or existing."
-            )
+            raise ConfigError(f"feature cache {str(folder)!r} is a file; give the path of a folder, new or existing.")
         self._writable = True
 
     def path(self, key: str) -> Path:
         """Where the features of a key are kept."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def get(
-        self, key: str, *, tokens_per_page: int, feature_width: int, dtype: torch.dtype
-    ) -> torch.Tensor | None:
+    def get(self, key: str, *, tokens_per_page: int, feature_width: int, dtype: torch.dtype) -> torch.Tensor | None:
         """features_VE of one page, on the CPU; None where they are not kept, or were damaged."""
         path = self.path(key)
         try:

@@ -140,9 +140,7 @@ class Split:
     def summary(self) -> str:
         """One line for people."""
         dropped = (
-            f"; {self.num_dropped} oldest turns ({self.dropped_tokens} tokens) left out"
-            if self.num_dropped
-            else ""
+            f"; {self.num_dropped} oldest turns ({self.dropped_tokens} tokens) left out" if self.num_dropped else ""
         )
         if self.compression_ratio is None:
             return f"no memory: all {len(self.recent)} turns stay text{dropped}"

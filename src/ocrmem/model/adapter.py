@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ocrmem import __version__
 from ocrmem.assets.fetch import resolve
 from ocrmem.config.llm import LLMSettings
+from ocrmem.config.loader import from_mapping
 from ocrmem.config.mem import MEMConfig
 from ocrmem.encoders.base import OCREncoder
 from ocrmem.encoders.registry import build_encoder
@@ -69,9 +71,7 @@ def save(
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that FSDP2 may have sharded."""
-    if isinstance(tensor, torch.distributed.tensor.DTensor):
-        return tensor.full_tensor()
-    return tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def load(
@@ -106,17 +106,20 @@ def load(
     wanted_encoder.check(EncoderIdentity.of(ocr_embed), adapter=str(folder))
     revision = "unknown"
     if base_llm_model is None:
-        settings = LLMSettings(name=wanted_llm.name, dtype=dtype, attn_implementation=attn_implementation)  # type: ignore[arg-type]
+        settings = from_mapping(
+            LLMSettings,
+            {"name": wanted_llm.name, "dtype": dtype, "attn_implementation": attn_implementation},
+            where="llm",
+        )
         base_llm_model, revision = load_llm(settings)
         name = wanted_llm.name
     else:
         name = base_llm_model.name_or_path or type(base_llm_model).__name__
     wanted_llm.check(LLMIdentity.of(base_llm_model, name=name, revision=revision), adapter=str(folder))
-    model = cls(
-        config, base_llm_model=base_llm_model, ocr_embed=ocr_embed, llm_name=name, llm_revision=revision
-    )
+    model = cls(config, base_llm_model=base_llm_model, ocr_embed=ocr_embed, llm_name=name, llm_revision=revision)
     load_projection(model, folder)
-    return model.to(device).eval()
+    torch.nn.Module.to(model, device=torch.device(device))
+    return model.eval()
 
 
 def load_projection(model: MEMModel, folder: Path) -> None:
@@ -173,7 +176,8 @@ def read_config(folder: Path) -> MEMConfig:
     if not isinstance(values, dict) or values.get("model_type") != MEMConfig.model_type:
         kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
         raise CheckpointError(
-            f"{str(path)!r} has model_type {kind!r}, expected {MEMConfig.model_type!r}: this is no ocrmem adapter folder."
+            f"{str(path)!r} has model_type {kind!r}, expected {MEMConfig.model_type!r}: this is no "
+            "ocrmem adapter folder."
         )
     return MEMConfig.from_dict(values)
 

@@ -18,6 +18,9 @@ from ocrmem.errors import FrozenPartError
 class FrozenBatchNorm(nn.Module):
     """Batch norm with fixed statistics in train and eval mode alike; same parameters and buffers by name."""
 
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+
     def __init__(self, norm: _NormBase) -> None:
         super().__init__()
         self.eps = norm.eps

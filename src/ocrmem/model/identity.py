@@ -19,6 +19,13 @@ PROBE_TOLERANCE = 0.02
 """Relative distance allowed between recorded and found values: bfloat16 rounds at 2^-8 = 0.004."""
 
 
+def embedding_weight(llm: PreTrainedModel) -> torch.Tensor:
+    """The matrix [vocabulary, D] of the LLM's input embeddings."""
+    weight = llm.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LLMIdentity:
     """The frozen LLM, as far as an adapter depends on it."""
@@ -39,7 +46,7 @@ class LLMIdentity:
     def of(cls, llm: PreTrainedModel, *, name: str, revision: str) -> LLMIdentity:
         """Read the identity off a loaded LLM."""
         text_config = llm.config.get_text_config()
-        weight = llm.get_input_embeddings().weight
+        weight = embedding_weight(llm)
         probe: tuple[float, ...] = ()
         if not weight.is_meta:
             index = torch.linspace(0, weight.numel() - 1, PROBE_SIZE, dtype=torch.float64).long()

@@ -20,18 +20,19 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ocrmem.config.mem import MEMConfig
 from ocrmem.encoders.base import OCREncoder
 from ocrmem.errors import ConfigError, SpliceError
 from ocrmem.model import adapter
 from ocrmem.model.freeze import check_trainable, freeze
-from ocrmem.model.identity import EncoderIdentity, LLMIdentity
+from ocrmem.model.identity import EncoderIdentity, LLMIdentity, embedding_weight
 from ocrmem.model.label_loss import at_positions, label_loss, labelled_positions, logits_at
 from ocrmem.model.projection import Projection
 from ocrmem.model.report import trainable_report
 from ocrmem.model.splice import check_counts, splice
+
 
 @dataclass
 class MEMOutput(ModelOutput):
@@ -89,21 +90,21 @@ class MEMModel(PreTrainedModel):
         freeze(ocr_embed, part="ocr_embed")
         self.base_llm_model = base_llm_model
         self.ocr_embed = ocr_embed
-        embedding = base_llm_model.get_input_embeddings()
+        weight = embedding_weight(base_llm_model)
         self.proj = Projection(
             config.projection_settings,
             feature_width=ocr_embed.feature_width,
             embedding_width=base_llm_model.config.get_text_config().hidden_size,
             tokens_per_page=ocr_embed.tokens_per_page,
-            embedding_rms=embedding_rms(embedding),
-        ).to(embedding.weight.device)
+            embedding_rms=embedding_rms(base_llm_model),
+        ).to(weight.device)
         check_trainable(self, proj=self.proj)
         self._no_split_modules = base_llm_model._no_split_modules
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base_llm_model.forward).parameters
         self._feature_dtype = getattr(torch, config.memory_settings.feature_dtype)
         name = llm_name or base_llm_model.name_or_path or type(base_llm_model).__name__
         self.config.llm = vars(LLMIdentity.of(base_llm_model, name=name, revision=llm_revision))
-        if not embedding.weight.is_meta:
+        if not weight.is_meta:
             self.config.encoder_identity = vars(EncoderIdentity.of(ocr_embed))
         self.train(False)
 
@@ -225,7 +226,9 @@ class MEMModel(PreTrainedModel):
                 )
             return self._anchor(embeds_BSD)
         if page_num_tokens is None or num_pages is None:
-            raise SpliceError("`pages` or `features` came without `page_num_tokens` [P] and `num_pages` [B]; give both.")
+            raise SpliceError(
+                "`pages` or `features` came without `page_num_tokens` [P] and `num_pages` [B]; give both."
+            )
         check_counts(placeholders_BS, page_num_tokens, num_pages)
         memory_PVD = self.proj(features, page_num_tokens)
         return splice(embeds_BSD, placeholders_BS, memory_PVD, page_num_tokens)
@@ -267,11 +270,14 @@ class MEMModel(PreTrainedModel):
             )
         with torch.no_grad():
             embeds_BSD = self.embed(
-                input_ids, pages=pages, features=features, page_num_tokens=page_num_tokens, num_pages=num_pages
+                input_ids,
+                pages=pages,
+                features=features,
+                page_num_tokens=page_num_tokens,
+                num_pages=num_pages,
             )
-        return self.base_llm_model.generate(
-            input_ids=input_ids, inputs_embeds=embeds_BSD, attention_mask=attention_mask, **generate_kwargs
-        )
+        generate: Any = self.base_llm_model.generate
+        return generate(input_ids=input_ids, inputs_embeds=embeds_BSD, attention_mask=attention_mask, **generate_kwargs)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters learn, in all and in each part, with a warning for a part that should not."""
@@ -285,7 +291,7 @@ class MEMModel(PreTrainedModel):
         """The frozen LLM's."""
         return self.base_llm_model.get_output_embeddings()
 
-    def gradient_checkpointing_enable(
+    def gradient_checkpointing_enable(  # pyright: ignore[reportIncompatibleMethodOverride] - takes no unknown options
         self,
         gradient_checkpointing_kwargs: dict[str, Any] | None = None,
         every_n_layers: int = 1,
@@ -320,7 +326,7 @@ class MEMModel(PreTrainedModel):
         """`gradient_checkpointing_enable` by its name in newer transformers."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
-    def save_pretrained(
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] - an adapter has no shards to choose
         self,
         save_directory: str | os.PathLike[str],
         *,
@@ -344,12 +350,12 @@ class MEMModel(PreTrainedModel):
         return adapter.load(cls, Path(pretrained_model_name_or_path), **kwargs)
 
 
-def embedding_rms(embedding: nn.Module, *, chunk: int = 8192) -> float:
+def embedding_rms(llm: PreTrainedModel, *, chunk: int = 8192) -> float:
     """Root mean square of what the embedding layer gives over its vocabulary; 1.0 on the meta device.
 
     The layer is run, not its weight read, because some (Gemma's) scale their output.
     """
-    weight = embedding.weight
+    embedding, weight = llm.get_input_embeddings(), embedding_weight(llm)
     if weight.is_meta:
         return 1.0
     total, count = 0.0, 0

@@ -11,9 +11,7 @@ import torch
 from ocrmem.errors import SpliceError
 
 
-def check_counts(
-    placeholders_BS: torch.Tensor, page_num_tokens_P: torch.Tensor, num_pages_B: torch.Tensor
-) -> None:
+def check_counts(placeholders_BS: torch.Tensor, page_num_tokens_P: torch.Tensor, num_pages_B: torch.Tensor) -> None:
     """Raise unless every sample has as many placeholders as its pages have memory tokens.
 
     A check of the total alone would let one sample's surplus fill another's gap and pair memories with the wrong

@@ -93,7 +93,9 @@ class Atlas:
 
     def _is_drawable(self, text: str) -> bool:
         """One character, or a base with marks over it; never several bases, which would need shaping."""
-        return unicodedata.category(text[0]) not in ("Cc", "Cs") and all(unicodedata.category(c)[0] == "M" for c in text[1:])
+        return unicodedata.category(text[0]) not in ("Cc", "Cs") and all(
+            unicodedata.category(c)[0] == "M" for c in text[1:]
+        )
 
     def _single(self, character: str) -> int:
         drawable = unicodedata.category(character) not in ("Cc", "Cs")

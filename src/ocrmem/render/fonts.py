@@ -18,6 +18,8 @@ from ocrmem.render.hexbox import hex_box
 
 BUNDLED = {"dejavu-sans": "DejaVuSans.ttf", "dejavu-sans-mono": "DejaVuSansMono.ttf"}
 FETCHED = ("noto-sans-sc",)
+MAX_MARKS = 30
+"""Combining marks drawn over one base; Unicode's stream-safe text (Standard Annex 15) has no more."""
 FOLDER = Path(__file__).with_name("font_files")
 
 
@@ -65,9 +67,15 @@ class Face:
 
     def coverage(self, text: str, *, height: int, baseline: int) -> np.ndarray:
         """Coverage [height, advance of the base] of a base and its marks on the baseline, 0 to 255."""
-        width = max(1, round(self.font.getlength(text[0])))
-        image = Image.new("L", (width, height), 0)
-        ImageDraw.Draw(image).text((0, baseline), text, fill=255, font=self.font, anchor="ls")
+        base, marks = text[0], text[1 : 1 + MAX_MARKS]
+        advance = self.font.getlength(base)
+        image = Image.new("L", (max(1, round(advance)), height), 0)
+        pen = ImageDraw.Draw(image)
+        pen.text((0, baseline), base, fill=255, font=self.font, anchor="ls")
+        for mark in marks:
+            # A mark without an advance reaches back over its base; in a monospaced font it has a cell of its own.
+            place = advance if self.font.getlength(mark) == 0 else 0
+            pen.text((place, baseline), mark, fill=255, font=self.font, anchor="ls")
         return np.asarray(image)
 
 

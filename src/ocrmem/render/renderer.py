@@ -79,7 +79,10 @@ class Renderer:
             top = settings.margin_top + number * settings.line_height
             right = settings.margin_left + np.cumsum(line.widths_N)
             pixels = self._atlas.draw(line.glyph_ids_N, line.widths_N)
-            image_HW[top : top + settings.line_height, settings.margin_left : settings.margin_left + pixels.shape[1]] = pixels
+            image_HW[
+                top : top + settings.line_height,
+                settings.margin_left : settings.margin_left + pixels.shape[1],
+            ] = pixels
             box_N4 = np.empty((len(right), 4), dtype=np.int32)
             box_N4[:, 0], box_N4[:, 2] = right - line.widths_N, right
             box_N4[:, 1], box_N4[:, 3] = top, top + settings.line_height

@@ -25,6 +25,7 @@ from ocrmem.errors import ConfigError
 from ocrmem.memory.features import FeatureStore
 from ocrmem.memory.placeholder import choose_memory_token
 from ocrmem.model.adapter import load_projection
+from ocrmem.model.identity import embedding_weight
 from ocrmem.model.llm import load_llm, load_tokenizer
 from ocrmem.model.mem_model import MEMModel
 
@@ -40,7 +41,7 @@ def build_model(config: TrainConfig) -> tuple[MEMModel, MEMProcessor]:
     tokenizer = load_tokenizer(config.llm.name)
     encoder = build_encoder(config.encoder, page=page_settings(config))
     token, token_id = choose_memory_token(
-        tokenizer, memory_token=config.memory_token, vocab_size=llm.get_input_embeddings().weight.shape[0]
+        tokenizer, memory_token=config.memory_token, vocab_size=embedding_weight(llm).shape[0]
     )
     mem_config = MEMConfig.from_settings(
         encoder=config.encoder,
@@ -50,9 +51,7 @@ def build_model(config: TrainConfig) -> tuple[MEMModel, MEMProcessor]:
         memory_token=token,
         memory_token_id=token_id,
     )
-    model = MEMModel(
-        mem_config, base_llm_model=llm, ocr_embed=encoder, llm_name=config.llm.name, llm_revision=revision
-    )
+    model = MEMModel(mem_config, base_llm_model=llm, ocr_embed=encoder, llm_name=config.llm.name, llm_revision=revision)
     if config.adapter is not None:
         load_projection(model, Path(config.adapter))
     return model, MEMProcessor.from_model(model, tokenizer=tokenizer)

@@ -110,7 +110,9 @@ def check_same_run(config: TrainConfig, run_dir: Path, *, resume: bool) -> None:
         return
     old = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     new = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
-    changes = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    changes = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+    ]
     if changes:
         raise ConfigError(
             f"{str(run_dir)!r} holds checkpoints of a run with other settings ({'; '.join(changes[:5])}). Give another "
@@ -130,9 +132,13 @@ def training_card(mem_config: Any, config: TrainConfig, history: list[dict[str, 
     """The adapter's model card with what was measured while it was trained."""
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    figures = [f"- ocrmem {__version__}, {history[-1]['step'] if history else 0} optimizer steps on `{config.data.train}`"]
+    figures = [
+        f"- ocrmem {__version__}, {history[-1]['step'] if history else 0} optimizer steps on `{config.data.train}`"
+    ]
     if losses:
-        figures.append(f"- training loss (nats per reply token): {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end")
+        figures.append(
+            f"- training loss (nats per reply token): {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end"
+        )
     if evals:
         figures.append(f"- loss on `{config.data.eval}`: {evals[0]:.4f} at first, {evals[-1]:.4f} at last")
     measured = "Measured while training:\n\n" + "\n".join(figures)

@@ -36,7 +36,13 @@ class StopOnNonFinite(TrainerCallback):
     """
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: MEMModel, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: MEMModel,
+        **_: Any,
     ) -> None:
         """Check all gradients of the projection; one small reduction a step."""
         if args.fp16:  # its gradient scaler meets infinite gradients on purpose, and skips them
@@ -118,13 +124,13 @@ class MEMTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter folder: no frozen weights, no pickled arguments."""
-        self.model.save_pretrained(
-            output_dir or self.args.output_dir, state_dict=state_dict, is_main_process=self.args.should_save
-        )
+        folder = output_dir or self.args.output_dir
+        assert folder is not None, "TrainingArguments fills it in"
+        self.model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint aside, then move it to its place: a kill at any moment leaves whole checkpoints only."""
-        run_dir = Path(self.args.output_dir)
+        run_dir = Path(str(self.args.output_dir))
         aside = run_dir / INCOMPLETE
         self._on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
         self.args.output_dir = str(aside)
