@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OCRMEM_CACHE ?= $(HOME)/.cache/ocrmem
 
-.PHONY: env demo test lint types check-fast clean
+.PHONY: env demo test lint types clean
 
 env: $(VENV)/installed
 
@@ -26,9 +26,10 @@ lint: env
 types: env
 	$(BIN)/pyright
 
+# One thread for each of two test processes: the small models of the tests gain nothing from more.
 test: env lint types
 	$(BIN)/ocrmem fetch --all
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) build dist demo src/*.egg-info

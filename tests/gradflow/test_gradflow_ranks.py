@@ -11,23 +11,20 @@ from ocrmem.gradflow.explain import explain
 from ocrmem.gradflow.report import RankFacts
 
 
-@pytest.fixture(scope="module")
-def results():
-    return zoo_ranks.run_all()
-
-
 @pytest.mark.parametrize("name", zoo_ranks.SCENARIOS)
-def test_both_ranks_name_the_cause(results, name):
+def test_both_ranks_name_the_cause(rank_results, name):
     wanted = zoo_ranks.SCENARIOS[name]
-    for result in results:
+    for result in rank_results:
         assert (result[name]["cause"], result[name]["verdict"]) == (wanted.cause, wanted.verdict), result[name][
             "sentence"
         ]
 
 
-def test_the_sentence_names_the_rank(results):
-    assert "rank 1 has no memory in its batch" in results[0]["ddp_projection_only"]["sentence"]
-    assert "rank 0 is at proj; rank 1 is at llm.model.layers.0" in results[1]["fsdp2_anchor_at_the_loss"]["sentence"]
+def test_the_sentence_names_the_rank(rank_results):
+    assert "rank 1 has no memory in its batch" in rank_results[0]["ddp_projection_only"]["sentence"]
+    assert (
+        "rank 0 is at proj; rank 1 is at llm.model.layers.0" in rank_results[1]["fsdp2_anchor_at_the_loss"]["sentence"]
+    )
 
 
 def test_an_error_on_another_rank_is_passed_on():

@@ -127,6 +127,8 @@ def main() -> None:
         trainer.model.save_pretrained(options.run_dir / "adapter")
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         print("losses", *(f"{loss:.6f}" for loss in losses))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

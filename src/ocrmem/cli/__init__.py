@@ -13,7 +13,7 @@ import sys
 import typer
 
 from ocrmem import __version__
-from ocrmem.cli import chat, fetch, params, render, train
+from ocrmem.cli import chat, doctor, fetch, params, render, train
 from ocrmem.errors import OcrmemError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("fetch")(fetch.command)
 app.command("render")(render.command)
 app.command("train")(train.command)
 app.command("chat")(chat.command)
+app.command("doctor")(doctor.command)
 
 
 @app.callback(invoke_without_command=True)

@@ -73,6 +73,8 @@ class TrainConfig:
     """Adapter folder to start from; None: a fresh projection."""
     memory_token: str | None = None
     """Placeholder token; None: a reserved token of the LLM's vocabulary is chosen."""
+    gradient_check: Literal["error", "warn", "off"] = "error"
+    """Check one batch's gradient flow before the first step: stop the run if it cannot learn, warn, or do nothing."""
     feature_cache: str | None = None
     """Folder of the feature cache; None: `features/` in the ocrmem cache."""
     training: dict[str, Any] = field(default_factory=dict)

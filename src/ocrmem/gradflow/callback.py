@@ -19,6 +19,7 @@ from ocrmem.errors import GradientFlowError, ProbeError
 from ocrmem.gradflow.explain import Explanation, explain, find_error_cause
 from ocrmem.gradflow.measure import grad_state
 from ocrmem.gradflow.probe import LossFunction, report_of_error, verify_gradient_flow
+from ocrmem.gradflow.ranks import Ranks
 from ocrmem.gradflow.report import GradientReport
 from ocrmem.gradflow.restore import RandomState
 from ocrmem.gradflow.target import Trainable, resolve_target, unwrap
@@ -93,27 +94,28 @@ class GradientFlowCallback(TrainerCallback):
         self._bad_steps = 0
         batches = _sample_batches(train_dataloader, args=args, num_batches=self._num_batches)
         dropped = _dropped_columns(train_dataloader)
+        ranks = Ranks(model)
+        said: list[tuple[str | None, str]] = []
         with _randomness_kept(), _training(model):
             for batch in batches:
                 prepared = _to_device(batch, args.device) if self._prepare is None else self._prepare(batch)
                 self.report = verify_gradient_flow(
-                    model,
-                    prepared,
-                    self._trainable,
-                    self._loss_fn,
-                    optimizer=optimizer,
-                    dropped_columns=dropped,
+                    model, prepared, self._trainable, self._loss_fn, optimizer=optimizer, dropped_columns=dropped
                 )
                 self.explanation = explain(self.report)
-                if self.explanation.cause not in ASK_ANOTHER_BATCH:
+                # Together, so that no process asks for another batch while the others go on.
+                said = ranks.gather((self.explanation.cause, str(self.explanation)))
+                if any(cause not in ASK_ANOTHER_BATCH for cause, _ in said):
                     break
+        ranks.close()
         if self.explanation is None or self.report is None:
             log.warning("the gradient was not checked: the training data gave no batch.")
             return
         for warning in self.explanation.warnings:
             log.warning("gradient check: %s", warning.sentence)
-        if not self.explanation.healthy:
-            self._complain(str(self.explanation), self.report.exception)
+        problem = _worst(said, rank=ranks.rank)
+        if problem is not None:
+            self._complain(problem, self.report.exception)
         self._tensors = list(resolve_target(unwrap(model), self._trainable).tensors.values())
         self._handle = model.register_forward_hook(self._after_forward, with_kwargs=True)
 
@@ -194,7 +196,23 @@ def find_error_cause_of(error: Exception) -> str | None:
     return None if facts is None else find_error_cause(facts)
 
 
-def _sample_batches(dataloader: Any, *, args: Any, num_batches: int) -> Iterator[dict[str, Any]]:
+def _worst(said: list[tuple[str | None, str]], *, rank: int) -> str | None:
+    """What is wrong on this process, or on another; None where some process learns and none is broken.
+
+    Args:
+        said: cause and explanation of every process.
+    """
+    broken = [number for number, (cause, _) in enumerate(said) if cause not in ASK_ANOTHER_BATCH | {None}]
+    if not broken and all(cause is not None for cause, _ in said):
+        broken = list(range(len(said)))
+    if not broken:
+        return None
+    if rank in broken:
+        return said[rank][1]
+    return f"on rank {broken[0]}: {said[broken[0]][1]}"
+
+
+def _sample_batches(dataloader: Any, *, args: Any, num_batches: int) -> Iterator[Any]:
     """Batches spread over the data, taken beside the sampler, whose state is part of an exact resume."""
     if not isinstance(dataloader, DataLoader):
         return

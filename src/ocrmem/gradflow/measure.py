@@ -247,5 +247,7 @@ def optimizer_facts(model: nn.Module, target: Target, optimizer: torch.optim.Opt
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's share of a sharded tensor."""
-    sharding = sys.modules.get("torch.distributed.tensor")  # not imported: nothing is sharded
-    return tensor.to_local() if sharding is not None and isinstance(tensor, sharding.DTensor) else tensor
+    sharding: Any = sys.modules.get("torch.distributed.tensor")  # not imported: nothing is sharded
+    if sharding is None or not isinstance(tensor, sharding.DTensor):
+        return tensor
+    return sharding.DTensor.to_local(tensor)

@@ -17,7 +17,7 @@ from ocrmem.gradflow import measure, second_pass
 from ocrmem.gradflow.explain import find_error_cause
 from ocrmem.gradflow.ranks import CollectivesDiffer, Ranks, would_hang
 from ocrmem.gradflow.recorder import Recorder
-from ocrmem.gradflow.report import ErrorFacts, GradientReport, Phase, RankFacts, StepFacts
+from ocrmem.gradflow.report import ErrorFacts, GradientReport, GradState, Phase, RankFacts, StepFacts
 from ocrmem.gradflow.restore import Snapshot, undone_step
 from ocrmem.gradflow.source import error_place
 from ocrmem.gradflow.target import (
@@ -33,6 +33,10 @@ from ocrmem.gradflow.target import (
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 """`loss_fn(outputs, batch)`; returns a scalar."""
+
+
+BEST_LAST: tuple[GradState, ...] = ("none", "zero", "non-finite", "finite")
+"""How a step's gradients are summed up: by the best among them."""
 
 
 def verify_gradient_flow(
@@ -310,12 +314,11 @@ def _eagerly() -> Iterator[None]:
 
 def _run_step(step: Callable[[], object], optimizer: torch.optim.Optimizer, target: Target) -> StepFacts:
     """Run the caller's own step with the optimizer watched, then undo it."""
-    seen: list[measure.GradState] = []
+    seen: list[GradState] = []
 
     def look(*_: object) -> None:
-        states = [measure.grad_state(tensor.grad) for tensor in target.tensors.values()]
-        order: tuple[measure.GradState, ...] = ("finite", "non-finite", "zero", "none")
-        seen.append(next((state for state in order if state in states), "none"))
+        states: list[GradState] = [measure.grad_state(tensor.grad) for tensor in target.tensors.values()]
+        seen.append(max(states, key=BEST_LAST.index))
 
     with undone_step(target.tensors.values(), optimizer):
         handle = optimizer.register_step_pre_hook(look)

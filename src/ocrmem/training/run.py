@@ -69,22 +69,9 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
         MemoryNeverAppearsError: no sample would have a memory.
     """
     run_dir = Path(config.output_dir)
-    arguments = training_arguments(config)
     check_same_run(config, run_dir, resume=resume)
-    set_seed(arguments.seed)
-    model, processor = build_model(config)
-    train_dataset = build_dataset(config.data.train, config.data, processor)
-    log.info("training on %s", train_dataset.report)
-    eval_dataset = build_eval_dataset(config, processor)
-    trainer = MEMTrainer(
-        model,
-        arguments,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=MEMCollator(processor.pad_token_id),
-        feature_store=feature_store(config),
-        callbacks=list(callbacks),
-    )
+    trainer = build_trainer(config, callbacks=callbacks)
+    model, train_dataset = trainer.model, trainer.train_dataset
     checkpoint = last_checkpoint(run_dir)
     resumed_from = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if trainer.args.should_save:
@@ -101,6 +88,33 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
         num_samples=len(train_dataset),
         log_history=history,
     )
+
+
+def build_trainer(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> MEMTrainer:
+    """Everything that a run needs, ready to train; seeded, so that a fresh projection is reproducible."""
+    arguments = training_arguments(config)
+    set_seed(arguments.seed)
+    model, processor = build_model(config)
+    train_dataset = build_dataset(config.data.train, config.data, processor)
+    log.info("training on %s", train_dataset.report)
+    return MEMTrainer(
+        model,
+        arguments,
+        train_dataset=train_dataset,
+        eval_dataset=build_eval_dataset(config, processor),
+        data_collator=MEMCollator(processor.pad_token_id),
+        feature_store=feature_store(config),
+        gradient_check=config.gradient_check,
+        callbacks=list(callbacks),
+    )
+
+
+def first_batch(config: TrainConfig) -> tuple[MEMTrainer, dict[str, Any]]:
+    """The trainer of a run, and its first training batch as the model takes it."""
+    trainer = build_trainer(config)
+    size = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
+    samples = [trainer.train_dataset[index] for index in range(size)]
+    return trainer, trainer._prepare_inputs(trainer.data_collator(samples))
 
 
 def check_same_run(config: TrainConfig, run_dir: Path, *, resume: bool) -> None:

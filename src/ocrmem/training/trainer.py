@@ -10,7 +10,7 @@ import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ocrmem.errors import CheckpointError, ConfigError, TrainingError
 from ocrmem.files import fsync
+from ocrmem.gradflow.callback import GradientFlowCallback
 from ocrmem.memory.features import FeatureStore, encode_pages
 from ocrmem.model.adapter import load_projection
 from ocrmem.model.freeze import check_trainable
@@ -66,6 +67,8 @@ class MEMTrainer(Trainer):
             are no column of `forward` by name alone.
         data_collator: a `MEMCollator`.
         feature_store: cache of encoder features; None: every page is encoded each time it is met.
+        gradient_check: before the first step, run one batch forward and backward: `error` stops a run that cannot
+            learn, with the cause, `warn` only says so, `off` does nothing.
 
     Raises:
         TrainingError: while training, the gradient is not finite.
@@ -84,6 +87,7 @@ class MEMTrainer(Trainer):
         eval_dataset: Dataset | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
         feature_store: FeatureStore | None = None,
+        gradient_check: Literal["error", "warn", "off"] = "error",
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         if args.n_gpu > 1:
@@ -103,6 +107,7 @@ class MEMTrainer(Trainer):
             data_collator=data_collator,
             callbacks=[StopOnNonFinite(), *(callbacks or [])],
         )
+        self.add_callback(GradientFlowCallback("proj", mode=gradient_check, prepare=self._prepare_inputs))
         self.feature_store = feature_store
         self._feature_dtype = getattr(torch, model.config.memory_settings.feature_dtype)
 
