@@ -87,7 +87,7 @@ RuntimeError: {E0}
 ```
 
     ocrmem doctor CONFIG.yaml                        a training config of ocrmem
-    ocrmem doctor my_script.py:make                  your own model: make() returns model and batch, or model, batch, optimizer
+    ocrmem doctor my_script.py:make                  your own model: make() returns (model, batch[, optimizer])
     ocrmem doctor tests/gradflow/zoo_cuts.py:detach  any program on this page
     python tests/gradflow/zoo.py                     the whole zoo as a table: what it is, what it was called
 
@@ -99,8 +99,8 @@ print(explain(report))
 ```
 
 The exit code is 0 for healthy, 1 for a break, 2 where no verdict was reached. In the trees below `✓` carries the
-gradient, `○` carries nothing but zeros, `✗` should carry it and does not, `·` needs none (nothing before it learns), and
-`▶` marks the part that learns.
+gradient, `○` carries nothing but zeros, `✗` should carry it and does not, `·` needs none (nothing before it
+learns), and `▶` marks the part that learns.
 
 ![A cut](gradient-cut.svg)
 """
@@ -117,10 +117,11 @@ def _eval_section() -> str:
     assert same, "eval() changed a gradient"
     return """## eval() is not a cause
 
-`eval()` on the frozen parts, on the projection or on everything cuts nothing. The program that writes this page has just
-compared the gradients of the zoo's model in train mode and in eval mode, and they were equal bit for bit. PyTorch says so
-too: "Evaluation mode is not a mechanism to locally disable gradient computation" (Autograd mechanics). The one exception
-is a recurrent layer on cuDNN, which refuses a backward in eval mode, with an error that says so (`cudnn-rnn-eval`).
+`eval()` on the frozen parts, on the projection or on everything cuts nothing. The program that writes this page has
+just compared the gradients of the zoo's model in train mode and in eval mode, and they were equal bit for bit.
+PyTorch says so too: "Evaluation mode is not a mechanism to locally disable gradient computation" (Autograd
+mechanics). The one exception is a recurrent layer on cuDNN, which refuses a backward in eval mode, with an error that
+says so (`cudnn-rnn-eval`).
 
 `MEMModel.train()` puts all three parts in train mode all the same, for one reason: transformers checkpoints activations
 only where `self.training` is true, so a frozen LLM in eval mode silently keeps the activations that checkpointing

@@ -27,7 +27,10 @@ class Data(Dataset):
 
     def __getitem__(self, index):
         keys = [key for key in SAMPLES if key != "images" or index not in self.bare]
-        return {key: SAMPLES[key][index] for key in keys}
+        sample = {key: SAMPLES[key][index] for key in keys}
+        if "images" in sample:  # augmented, so that a look at the data draws random numbers
+            sample["images"] = sample["images"] + 0.1 * torch.randn(1)
+        return sample
 
 
 def collate(samples):

@@ -1,14 +1,17 @@
 """The probe measures what it says, and leaves nothing behind."""
 
+import gc
 import json
 import random
+import weakref
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+import zoo
 from torch import nn
-from zoo_parts import TOKENS, Composite, InPlace, batch, subject, tiny_llm
+from zoo_parts import CASES, TOKENS, Composite, InPlace, batch, subject, tiny_llm
 
 from ocrmem.errors import ProbeError
 from ocrmem.gradflow import explain, verify_gradient_flow
@@ -28,7 +31,7 @@ class Restless(Composite):
 
     def splice(self, memory, embeds):
         self.count += 1
-        self.seen, self.added = memory, "an attribute"
+        self.seen, self.added, self.fresh = memory, "an attribute", "another"
         self.encoder.eval()
         random.random()
         np.random.rand()  # noqa: NPY002
@@ -59,8 +62,9 @@ def everything(model):
 @pytest.mark.parametrize("broken", [False, True], ids=["healthy", "raising"])
 def test_everything_is_as_before_bit_for_bit(broken):
     model = Restless().train()
-    model.encoder.train(False)
     model(**batch()).loss.backward()
+    model.encoder.train()
+    del model.fresh
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert grads
     model.added, model.seen = "as before", None
@@ -80,6 +84,7 @@ def test_everything_is_as_before_bit_for_bit(broken):
         assert grad is None or torch.equal(grad, grads[name])
     assert model.added == "as before"
     assert model.seen is None
+    assert "fresh" not in vars(model)
     for hooks in (
         torch.nn.modules.module._global_forward_hooks,
         torch.nn.modules.module._global_forward_pre_hooks,
@@ -234,22 +239,28 @@ def test_bfloat16_and_float16_weights_without_an_optimizer_are_only_noted():
     assert [warning.id for warning in explanation.warnings] == ["coarse-weights"]
 
 
-def test_memory_of_a_graph_is_freed():
-    import gc
-    import weakref
-
+def test_the_report_does_not_keep_a_graph_alive():
     watched = []
 
     class Model(Composite):
         def splice(self, memory, embeds):
             memory = memory * 2
             watched.append(weakref.ref(memory))
-            return super().splice(memory.detach(), embeds)
+            return super().splice(memory.double(), embeds)
 
     report = verify_gradient_flow(Model(), batch(), "proj")
     gc.collect()
     assert report.exception is not None
+    assert explain(report).cause == "memory-dtype"
     assert all(reference() is None for reference in watched)
+
+
+@pytest.mark.parametrize("name", ["custom_autograd_function", "checkpointing_reentrant_with_memory_in_embeds"])
+def test_a_chain_through_a_custom_function_is_seen_as_whole(name):
+    report = zoo.run(CASES[name]).report
+    assert report.loss_live
+    assert report.chain_end is None
+    assert all(call.live for call in report.calls_of("llm"))
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,22 @@ def test_loss_is_that_of_the_llm_itself_on_the_spliced_embeddings(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_padding_on_the_right_needs_no_mask(family):
+    """Gemma 3's window of 8 is shorter than the padding: its padded queries would see nothing."""
+    model, batch = tiny_model(family), tiny_batch(side="right")
+    masks = []
+    model.base_llm_model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    found = model(**batch)
+    left = model(**tiny_batch(side="left"))
+    assert masks[0] is None
+    assert masks[1] is not None
+    torch.testing.assert_close(found.loss, left.loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.logits, left.logits, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_pages_it_is_the_plain_llm(family):
     model, batch = tiny_model(family), tiny_batch(((), (), ()))
     batch.pop("labels")

@@ -168,8 +168,11 @@ class MEMModel(PreTrainedModel):
         embeds_BSD = self.embed(
             input_ids, pages=pages, features=features, page_num_tokens=page_num_tokens, num_pages=num_pages
         )
-        if position_ids is None and attention_mask is not None and past_key_values is None:
-            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        if attention_mask is not None and past_key_values is None:
+            if pads_only_after(attention_mask):
+                attention_mask = None
+            elif position_ids is None:
+                position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         run_llm = functools.partial(
             self.base_llm_model,
             inputs_embeds=embeds_BSD,
@@ -348,6 +351,16 @@ class MEMModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load an adapter folder and its frozen parts: `model.adapter.load`, whose keyword arguments it takes."""
         return adapter.load(cls, Path(pretrained_model_name_or_path), **kwargs)
+
+
+def pads_only_after(attention_mask_BS: torch.Tensor) -> bool:
+    """Whether padding, if any, stands after the text in every row.
+
+    No causal position sees what comes after it, so such a mask changes nothing but the padded positions themselves;
+    and there it does harm: under a sliding window a padded query has no key left, for which CUDA's attention kernels
+    give gradients that are not numbers (seen with torch 2.11 on an H100). Without a mask they also run faster.
+    """
+    return bool((attention_mask_BS[:, :-1] >= attention_mask_BS[:, 1:]).all())
 
 
 def embedding_rms(llm: PreTrainedModel, *, chunk: int = 8192) -> float:
