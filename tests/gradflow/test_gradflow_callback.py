@@ -2,11 +2,12 @@
 
 import logging
 import re
+import time
 
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from zoo_parts import Composite, batch
 
 from ocrmem.errors import GradientFlowError
@@ -199,3 +200,29 @@ def test_explained_trainer_leaves_other_errors_alone(tmp_path):
 
     with pytest.raises(RuntimeError, match=r"^the disk is full$"):
         trainer(tmp_path, Failing(), None, kind=ExplainedTrainer).train()
+
+
+def test_the_check_costs_nothing_measurable_after_the_first_step(tmp_path):
+    model, callback = Composite(), GradientFlowCallback("proj")
+    made = trainer(tmp_path, model, callback, max_steps=1)
+    made.add_callback(Holding())
+    made.train()
+    began = time.perf_counter()
+    for _ in range(50):
+        model(**batch()).loss.backward()
+    step = (time.perf_counter() - began) / 50
+    began = time.perf_counter()
+    output = Holding.output
+    for _ in range(5000):
+        callback._after_forward(model, (), {}, output)
+        callback.on_pre_optimizer_step(made.args, made.state, made.control)
+    assert (time.perf_counter() - began) / 5000 < 0.01 * step
+
+
+class Holding(TrainerCallback):
+    """Keeps a training output, as the callback sees it in every step."""
+
+    output = None
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        Holding.output = model.train()(**batch())

@@ -227,6 +227,11 @@ def test_the_report_is_json():
     assert "exception" not in again["report"]
 
 
+def test_a_loss_that_is_nan_is_still_json():
+    report = zoo.run(CASES["all_labels_ignored"]).report
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["loss"] is None
+
+
 def test_bfloat16_and_float16_weights_without_an_optimizer_are_only_noted():
     class Model(Composite):
         def project(self, features):
@@ -244,9 +249,9 @@ def test_the_report_does_not_keep_a_graph_alive():
 
     class Model(Composite):
         def splice(self, memory, embeds):
-            memory = memory * 2
-            watched.append(weakref.ref(memory))
-            return super().splice(memory.double(), embeds)
+            spliced = super().splice(memory.double(), embeds)
+            watched.append(weakref.ref(spliced))
+            return spliced
 
     report = verify_gradient_flow(Model(), batch(), "proj")
     gc.collect()

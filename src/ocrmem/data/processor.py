@@ -126,10 +126,12 @@ class MEMProcessor:
         """Tokenise every message of a conversation once; for `prepare`."""
         return TokenCounts.of(messages, chat_format=self.chat_format)
 
-    def prompt(self, messages: Sequence[Message]) -> PreparedPrompt:
-        """The prompt for the reply that comes after all of `messages`."""
+    def prompt(self, conversation: Chat) -> PreparedPrompt:
+        """The prompt for the reply that comes after all messages of one conversation."""
+        messages = conversation.messages if isinstance(conversation, Conversation) else conversation
         if not messages:
             raise DataError("the prompt is empty: no messages were given. Give at least one user message.")
+        messages = _as_messages(messages, 0)
         return self.prepare(self.count(messages), len(messages))
 
     def prepare(self, counts: TokenCounts, end: int) -> PreparedPrompt:

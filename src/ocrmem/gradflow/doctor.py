@@ -111,7 +111,8 @@ def show(report: GradientReport, *, json: bool = False, picture: Path | None = N
     if picture is not None:
         write_text(picture, draw_path(report, explanation))
     if json:
-        print(jsonlib.dumps({"explanation": explanation.to_json(), "report": report.to_json()}))
+        shown = {"explanation": explanation.to_json(), "report": report.to_json()}
+        print(jsonlib.dumps(shown, allow_nan=False))
     else:
         print(path_tree(report, explanation))
         print()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -325,10 +326,10 @@ class GradientReport:
     """The exception itself, for chaining; without its traceback, which would keep the whole graph alive."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries, lists, strings and numbers."""
+        """Plain dictionaries, lists, strings and numbers; NaN and infinity, which JSON lacks, become None."""
         facts = dataclasses.asdict(dataclasses.replace(self, exception=None))
         del facts["exception"]
-        return facts
+        return _finite(facts)
 
     @property
     def some_gradient(self) -> bool:
@@ -352,3 +353,11 @@ class GradientReport:
     def events_of(self, *kinds: EventKind) -> list[Event]:
         """Events of some kinds, in order."""
         return [event for event in self.events if event.kind in kinds]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, set_seed
 from ocrmem import __version__
 from ocrmem.config.train import TrainConfig
 from ocrmem.data.collator import MEMCollator
+from ocrmem.data.samples import MEMDataset
 from ocrmem.errors import ConfigError
 from ocrmem.files import write_text
 from ocrmem.model.adapter import default_card
@@ -70,8 +71,8 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
     """
     run_dir = Path(config.output_dir)
     check_same_run(config, run_dir, resume=resume)
-    trainer = build_trainer(config, callbacks=callbacks)
-    model, train_dataset = trainer.model, trainer.train_dataset
+    trainer, train_dataset = build_trainer(config, callbacks=callbacks)
+    model = trainer.model
     checkpoint = last_checkpoint(run_dir)
     resumed_from = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if trainer.args.should_save:
@@ -90,14 +91,14 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
     )
 
 
-def build_trainer(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> MEMTrainer:
+def build_trainer(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> tuple[MEMTrainer, MEMDataset]:
     """Everything that a run needs, ready to train; seeded, so that a fresh projection is reproducible."""
     arguments = training_arguments(config)
     set_seed(arguments.seed)
     model, processor = build_model(config)
     train_dataset = build_dataset(config.data.train, config.data, processor)
     log.info("training on %s", train_dataset.report)
-    return MEMTrainer(
+    trainer = MEMTrainer(
         model,
         arguments,
         train_dataset=train_dataset,
@@ -107,13 +108,14 @@ def build_trainer(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] =
         gradient_check=config.gradient_check,
         callbacks=list(callbacks),
     )
+    return trainer, train_dataset
 
 
 def first_batch(config: TrainConfig) -> tuple[MEMTrainer, dict[str, Any]]:
     """The trainer of a run, and its first training batch as the model takes it."""
-    trainer = build_trainer(config)
-    size = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
-    samples = [trainer.train_dataset[index] for index in range(size)]
+    trainer, dataset = build_trainer(config)
+    size = min(trainer.args.per_device_train_batch_size, len(dataset))
+    samples = [dataset[index] for index in range(size)]
     return trainer, trainer._prepare_inputs(trainer.data_collator(samples))
 
 
