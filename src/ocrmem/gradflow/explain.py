@@ -37,7 +37,7 @@ CAUSES: tuple[Cause, ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Warning:
+class Remark:
     """Something that does not keep the model from learning, and is worth knowing."""
 
     id: str
@@ -57,7 +57,7 @@ class Explanation:
     source: SourceLine | None
     mend: str
     """One line; empty if healthy."""
-    warnings: tuple[Warning, ...]
+    warnings: tuple[Remark, ...]
 
     @property
     def healthy(self) -> bool:
@@ -119,7 +119,7 @@ def find_error_cause(error: ErrorFacts) -> str | None:
 
 
 def _explanation(
-    cause: str, mend: str, finding: Finding, verdict: Verdict, warnings: tuple[Warning, ...]
+    cause: str, mend: str, finding: Finding, verdict: Verdict, warnings: tuple[Remark, ...]
 ) -> Explanation:
     return Explanation(
         verdict=verdict,
@@ -184,13 +184,13 @@ def _unknown(report: GradientReport) -> Finding:
     )
 
 
-def _warnings(report: GradientReport) -> tuple[Warning, ...]:
-    found: list[Warning] = []
+def _warnings(report: GradientReport) -> tuple[Remark, ...]:
+    found: list[Remark] = []
     if learns(report):
         lucky = next((c for c in report.calls if c.inference_input and c.path in report.trainable), None)
         if lucky is not None:
             found.append(
-                Warning(
+                Remark(
                     id="inference-features-by-luck",
                     sentence=f"`{lucky.path}` gets inference tensors; it works only because their memory "
                     "layout forces a "
@@ -200,7 +200,7 @@ def _warnings(report: GradientReport) -> tuple[Warning, ...]:
         lacking = [tensor.name for tensor in report.tensors if tensor.state == "none"]
         if lacking:
             found.append(
-                Warning(
+                Remark(
                     id="some-without-gradient",
                     sentence=f"{len(lacking)} of {len(report.tensors)} trainable tensors get no gradient "
                     "from this batch: " + ", ".join(lacking[:3]) + ("..." if len(lacking) > 3 else ""),
@@ -209,7 +209,7 @@ def _warnings(report: GradientReport) -> tuple[Warning, ...]:
         memory = report.memory
         if moved(report) is False and memory is not None and memory.permuted and memory.calls_again:
             found.append(
-                Warning(
+                Remark(
                     id="order-does-not-matter",
                     sentence="the loss does not change when the memory tokens are permuted.",
                 )
@@ -217,7 +217,7 @@ def _warnings(report: GradientReport) -> tuple[Warning, ...]:
     coarse = sorted({t.dtype for t in report.tensors if t.dtype in ("bfloat16", "float16")})
     if coarse and report.optimizer is None:
         found.append(
-            Warning(
+            Remark(
                 id="coarse-weights",
                 sentence=f"trainable weights are {coarse[0]}; small steps round back to the same number. "
                 "Give the doctor "

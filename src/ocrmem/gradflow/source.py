@@ -17,7 +17,8 @@ from ocrmem.gradflow.report import SourceLine
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
-_LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+_PACKAGES = frozenset({"transformers", "accelerate", "peft", "trl", "deepspeed", "lightning"})
+_FOLDERS = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
 _CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
 _CONTEXTLIB = str(Path(torch.__file__).parent / "utils" / "_contextlib.py")
 
@@ -48,14 +49,14 @@ def surroundings() -> Surroundings:
     The line is the innermost one in code that is not installed as a library; failing that, the innermost one
     outside torch.
     """
-    lines: list[tuple[str, int]] = []
+    lines: list[_Line] = []
     in_checkpoint = in_generate = False
     checkpoint, hooks = None, set()
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
         if not _is_ours_or_torch(file):
-            lines.append((file, frame.f_lineno))
+            lines.append(_Line(file, frame.f_lineno, frame.f_globals.get("__name__", "")))
             if in_checkpoint and checkpoint is None:
                 checkpoint = source_line(file, frame.f_lineno)
         if file == _CHECKPOINT and name == "forward":
@@ -65,7 +66,7 @@ def surroundings() -> Surroundings:
         elif file.endswith("accelerate/hooks.py"):
             hooks.add("accelerate")
         frame = frame.f_back
-    if lines and "/transformers/" in lines[0][0]:
+    if lines and lines[0].package == "transformers":
         hooks.add("transformers")
     return Surroundings(
         source=_preferred(lines),
@@ -75,11 +76,27 @@ def surroundings() -> Surroundings:
     )
 
 
-def _preferred(lines: list[tuple[str, int]]) -> SourceLine | None:
+@dataclass(frozen=True)
+class _Line:
+    """A line of a stack, and the module that it belongs to."""
+
+    file: str
+    number: int
+    module: str
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def is_library(self) -> bool:
+        return self.package in _PACKAGES or self.file.startswith(_FOLDERS)
+
+
+def _preferred(lines: list[_Line]) -> SourceLine | None:
     """Of lines, innermost first, the first in the user's own code, else the first."""
-    own = next((line for line in lines if not line[0].startswith(_LIBRARIES)), None)
-    chosen = own or (lines[0] if lines else None)
-    return None if chosen is None else source_line(*chosen)
+    chosen = next((line for line in lines if not line.is_library), lines[0] if lines else None)
+    return None if chosen is None else source_line(chosen.file, chosen.number)
 
 
 def in_reentrant_checkpoint() -> bool:
@@ -121,12 +138,13 @@ def grad_switch_line() -> SourceLine | None:
 def error_place(traceback: TracebackType | None) -> tuple[SourceLine | None, list[nn.Module]]:
     """Where an error was raised, by the same choice of line, and the modules that were running, outermost
     first."""
-    lines: list[tuple[str, int]] = []
+    lines: list[_Line] = []
     modules: list[nn.Module] = []
     while traceback is not None:
         code = traceback.tb_frame.f_code
         if not _is_ours_or_torch(code.co_filename):
-            lines.append((code.co_filename, traceback.tb_lineno))
+            name = traceback.tb_frame.f_globals.get("__name__", "")
+            lines.append(_Line(code.co_filename, traceback.tb_lineno, name))
         elif code.co_name == "_call_impl":
             running = traceback.tb_frame.f_locals.get("self")
             if isinstance(running, nn.Module):
