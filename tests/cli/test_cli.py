@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-VERBS = ["params", "fetch", "render", "train", "chat"]
+VERBS = ["params", "fetch", "render", "train", "chat", "doctor"]
 
 
 def ocrmem(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -57,7 +57,7 @@ def test_render_writes_pages(tmp_path):
     result = json.loads(done.stdout)
     assert result["characters"] == 2400
     assert [path.name for path in sorted((tmp_path / "pages").iterdir())] == [f"page-000{n}.png" for n in (1, 2, 3)]
-    assert "not exist" in fails("render", tmp_path / "none.txt", "-o", tmp_path) or True
+    assert "none.txt' cannot be read: No such file" in fails("render", tmp_path / "none.txt", "-o", tmp_path)
     assert "unknown setting 'page.font_sise'" in fails("render", "-", "-o", tmp_path, "--set", "font_sise=3", stdin="a")
 
 
@@ -102,3 +102,26 @@ def test_overrides_and_missing_files(tmp_path):
 def test_chat_refuses_what_is_no_adapter(tmp_path):
     assert "has no config.json" in fails("chat", tmp_path, "-q", "hi")
     assert "give one with --question" in fails("chat", tmp_path, "-", stdin="{}")
+
+
+def test_params_prints_the_seeds_figures_in_little_memory():
+    arguments = ("params", "--llm", "qwen3-8b", "--encoder", "deepseek-ocr", "--vision-embedding-size", "512")
+    code = (
+        "import resource, subprocess, sys;"
+        f"subprocess.run([sys.executable, '-m', 'ocrmem', *{arguments!r}], check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines() == [
+        "trainable params: 18,882,560 || all params: 8,607,498,496 || trainable%: 0.2194%",
+        "",
+        "Detailed breakdown:",
+        "  base_llm_model trainable params: 0 (should be 0)",
+        "  ocr_embed trainable params: 0 (should be 0)",
+        "  proj trainable params: 18,882,560",
+    ]
+    assert int(done.stderr.splitlines()[-1]) < 2000, "MiB"
+    result = json.loads(ocrmem(*arguments, "--json").stdout)
+    assert result["parts"] == {"base_llm_model": 8_190_735_360, "ocr_embed": 397_880_576, "proj": 18_882_560}
+    assert "deepseek-ocr has features of 512" in fails(*arguments[:-1], "700")
+    assert "unknown LLM preset 'qwen3-9b'. Did you mean 'qwen3-8b'?" in fails("params", "--llm", "qwen3-9b")

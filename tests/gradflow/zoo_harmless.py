@@ -322,3 +322,38 @@ def bfloat16_llm_float32_projection(mended: bool = False) -> Subject:
 
     model = Model(tiny_llm().to(torch.bfloat16))
     return subject(model, optimizer=torch.optim.AdamW(model.proj.parameters(), lr=1e-5))
+
+
+@case(None, table="D")
+def text_mask_for_a_host_that_adds_the_memory_itself(mended: bool = False) -> Subject:
+    class Host(nn.Module):
+        def __init__(self, llm):
+            super().__init__()
+            self.llm = llm
+
+        def forward(self, *, inputs_embeds, labels, attention_mask):
+            mask = nn.functional.pad(attention_mask, (inputs_embeds.shape[1] - attention_mask.shape[1], 0), value=1)
+            return self.llm.model(inputs_embeds=inputs_embeds, attention_mask=mask).last_hidden_state, labels
+
+    class Model(Composite):
+        def __init__(self):
+            super().__init__()
+            self.host = Host(self.llm)
+
+        def predict(self, embeds, labels, attention_mask):
+            hidden, labels = self.host(inputs_embeds=embeds, labels=labels, attention_mask=attention_mask[:, TOKENS:])
+            logits = self.llm.lm_head(hidden)[:, :-1]
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())}
+
+    return subject(Model())
+
+
+@case(None, table="D")
+def bfloat16_projection_with_a_rate_that_moves_it(mended: bool = False) -> Subject:
+    class Model(Composite):
+        def project(self, features):
+            return self.proj(features.bfloat16()).float()
+
+    model = Model()
+    model.proj.bfloat16()
+    return subject(model, optimizer=torch.optim.AdamW(model.proj.parameters(), lr=1e-3))

@@ -17,7 +17,7 @@ from ocrmem.training.trainer import last_checkpoint
 
 WORKER = Path(__file__).with_name("worker.py")
 GOLDEN_LOSSES = [4.684274, 4.639622, 4.591652, 4.601455, 4.684406, 4.643659, 4.559279, 4.573341]
-"""Loss of each of eight steps; a refactoring must give these. Regenerate: python tests/training/worker.py /tmp/run"""
+"""Loss of each of eight steps; a refactoring must give these. Regenerate: python tests/training/worker.py RUN_DIR"""
 
 
 def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
@@ -109,6 +109,11 @@ def test_features_are_encoded_once(tmp_path):
     again.model.ocr_embed.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     again.train()
     assert sum(calls) == 48, "the second run reads the cache"
+
+
+def test_tensorboard_by_the_usual_report_to(tmp_path):
+    build_trainer(tmp_path, steps=1, report_to="tensorboard").train()
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
 def test_save_total_limit_and_best_checkpoint(tmp_path):

@@ -25,6 +25,8 @@ class HostCall:
     """What was passed to the call that took `inputs_embeds`."""
 
     path: str
+    pads_masks: bool
+    """It is a transformers model, which fills a short attention mask up."""
     embeds_BSD: torch.Tensor
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
@@ -157,7 +159,7 @@ class CallLog:
             self.embedding_square_means[tensor.shape[-1]] = tensor.detach().float().square().mean()
         embeds = kwargs.get("inputs_embeds")
         if isinstance(embeds, torch.Tensor):
-            self.host = _host_call(entry.path, embeds, kwargs)
+            self.host = _host_call(entry, embeds, kwargs)
         labels = [label for t in tensors if (label := self._lineage.get(t)) is not None]
         finite = None
         if tensor is not None and not tensor.is_meta:
@@ -202,13 +204,14 @@ def _learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _host_call(path: str, embeds_BSD: torch.Tensor, kwargs: Mapping[str, Any]) -> HostCall:
+def _host_call(entry: _Open, embeds_BSD: torch.Tensor, kwargs: Mapping[str, Any]) -> HostCall:
     def tensor(key: str) -> torch.Tensor | None:
         value = kwargs.get(key)
         return value.detach() if isinstance(value, torch.Tensor) else None
 
     return HostCall(
-        path=path,
+        path=entry.path,
+        pads_masks=any(base.__name__ in ("PreTrainedModel", "PeftModel") for base in type(entry.module).__mro__),
         embeds_BSD=embeds_BSD.detach().clone(),
         attention_mask=tensor("attention_mask"),
         position_ids=tensor("position_ids"),

@@ -7,8 +7,9 @@ import math
 from ocrmem.gradflow.cause import Cause, Finding, learns, memory_name
 from ocrmem.gradflow.report import GradientReport
 
-KEPT_BY_STEP = 0.5
-"""Share of 16-bit weights that a step may leave unmoved; at AdamW's 1e-5 in bfloat16 it is 98%."""
+KEPT_BY_STEP = 0.9
+"""Share of 16-bit weights that a step may leave unmoved. At AdamW's 1e-5 in bfloat16 it is 98%, and such a run brought
+the loss from 5.93 to 5.91 where float32 reached 5.43."""
 
 
 def _optimizer_missing(report: GradientReport) -> bool:

@@ -150,6 +150,7 @@ def host_facts(host: HostCall | None, changed_BS: torch.Tensor | None, batch: An
     length = host.embeds_BSD.shape[1]
     mask = host.attention_mask
     plain_mask = mask is not None and mask.dim() == 2
+    comparable = host.pads_masks and not host.has_cache
     masked = 0
     if plain_mask and changed_BS is not None and mask is not None and mask.shape == changed_BS.shape:
         masked = int((changed_BS & (mask == 0)).sum())
@@ -165,7 +166,7 @@ def host_facts(host: HostCall | None, changed_BS: torch.Tensor | None, batch: An
         length=length,
         memory_positions=None if changed_BS is None else int(changed_BS.sum()),
         masked_memory_positions=masked,
-        mask_length=int(mask.shape[1]) if plain_mask and mask is not None and not host.has_cache else None,
+        mask_length=int(mask.shape[1]) if plain_mask and mask is not None and comparable else None,
         restarting_positions=restarting,
         labels_after_memory=_labels_after(changed_BS, host.labels, batch),
     )

@@ -183,7 +183,7 @@ class HostFacts:
     masked_memory_positions: int
     """Those of them with attention mask 0."""
     mask_length: int | None
-    """Length of the attention mask; None: none was passed."""
+    """Length of the attention mask; None: none was passed, or it need not be as long as the embeddings."""
     restarting_positions: bool
     """`position_ids` fall back somewhere after the first position, and no attention mask was passed."""
     labels_after_memory: int | None
