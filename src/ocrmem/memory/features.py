@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import save
 
 from ocrmem.encoders.base import OCREncoder
 from ocrmem.errors import CheckpointError, ConfigError
+from ocrmem.files import write_files
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ class FeatureStore:
         features_VE = features_VE[:rows].cpu().contiguous()
         data = save({"features": features_VE}, metadata={"crc32": str(_crc32(features_VE))})
         try:
-            _write(self.path(key), data)
+            write_files(self.path(key).parent, {self.path(key).name: lambda temporary: temporary.write_bytes(data)})
         except OSError as error:
             self._writable = False
             log.warning(
@@ -109,20 +108,6 @@ class FeatureStore:
 
 def _crc32(features_VE: torch.Tensor) -> int:
     return zlib.crc32(features_VE.contiguous().view(torch.uint8).numpy().tobytes())
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:16]}-", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def encode_pages(

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ocrmem.errors import CheckpointError, ConfigError, TrainingError
 from ocrmem.files import fsync
-from ocrmem.gradflow.callback import GradientFlowCallback
+from ocrmem.gradflow.callback import ExplainedTrainer, GradientFlowCallback
 from ocrmem.memory.features import FeatureStore, encode_pages
 from ocrmem.model.adapter import load_projection
 from ocrmem.model.freeze import check_trainable
@@ -58,7 +58,7 @@ class StopOnNonFinite(TrainerCallback):
             )
 
 
-class MEMTrainer(Trainer):
+class MEMTrainer(ExplainedTrainer):
     """Trains `model.proj`; everything else about it is `transformers.Trainer`.
 
     Args:
