@@ -353,4 +353,10 @@ def test_hub_id_from_the_hub_cache(tmp_path):
 
 
 def test_names():
-    assert asset_names() == ["smollm2-135m-instruct", "pp-ocrv6-small-rec", "chitchat", "noto-sans-sc"]
+    assert asset_names() == [
+        "smollm2-135m-instruct",
+        "pp-ocrv6-small-rec",
+        "chitchat",
+        "wiki-leads",
+        "noto-sans-sc",
+    ]

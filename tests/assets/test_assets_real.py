@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ocrmem.assets import chitchat
+from ocrmem.assets import chitchat, wiki_leads
 from ocrmem.assets.cache import asset_dir, sha256_file
 from ocrmem.assets.fetch import asset_revision, catalogue, resolve
 
@@ -184,3 +184,19 @@ def test_llm_stops_by_itself():
     out_BS = llm.generate(**batch, max_new_tokens=30, do_sample=False)
     reply = tokenizer.decode(out_BS[0, batch["input_ids"].shape[1] :])
     assert reply == "The capital of France is Paris.<|im_end|>"
+
+
+def articles(name):
+    return [json.loads(line) for line in (resolve("wiki-leads") / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_wiki_leads_counts_and_split():
+    train, heldout = articles(wiki_leads.TRAIN_FILE), articles(wiki_leads.HELDOUT_FILE)
+    assert (len(train), len(heldout)) == (8408, 948)
+    assert sum(len(article["text"]) for article in train) == 4_278_583
+    assert sum(len(article["text"]) for article in heldout) == 492_134
+    assert not {article["title"] for article in train} & {article["title"] for article in heldout}
+    for article in heldout:
+        assert int(hashlib.sha256(article["title"].encode()).hexdigest(), 16) % 100 < 10
+    for article in train + heldout:
+        assert len(article["text"]) >= 200 and "  " not in article["text"] and "\n\n" not in article["text"]

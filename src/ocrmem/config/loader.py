@@ -53,8 +53,13 @@ def _check_keys(cls: Any, values: Mapping[str, Any], where: str) -> None:
         path = f"{where}.{key}".strip(".")
         if key not in fields:
             raise ConfigError(f"unknown setting {path!r}. {nearest(str(key), fields)}")
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            _check_keys(hints[key], value, path)
+        nested = next(
+            (hint for hint in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(hint)), None
+        )
+        if nested is not None:
+            for part in [value] if isinstance(value, Mapping) else value if isinstance(value, list) else []:
+                if isinstance(part, Mapping):
+                    _check_keys(nested, part, path)
 
 
 def load_yaml(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:

@@ -18,13 +18,22 @@ class ProjectionSettings:
     """Width between the two linear layers; None: the LLM's embedding width."""
     num_layers: int = 2
     """Attention layers (kind `attention` alone)."""
+    pieces: int = 1
+    """Cut each memory token's features into this many pieces of one width, which attention sees apart before the last
+    of them becomes the memory token (kind `attention` alone). A projection of many pieces also takes fewer to the
+    token, so that a curriculum can begin with little compression; see `Stage.pieces`."""
+    gain: bool = False
+    """Learn the size of each dimension of the memory tokens, from that of the LLM's embeddings on; otherwise every
+    token has the RMS of the LLM's embeddings."""
     num_heads: int = 8
     """Heads of each attention layer; must divide the LLM's embedding width (kind `attention` alone)."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("mlp", "attention"):
             raise ConfigError(f"projection kind={self.kind!r}: expected 'mlp' or 'attention'.")
-        for name in ("hidden_size", "num_layers", "num_heads"):
+        if self.pieces != 1 and self.kind != "attention":
+            raise ConfigError(f"projection pieces={self.pieces} needs kind 'attention'; kind is {self.kind!r}.")
+        for name in ("hidden_size", "num_layers", "num_heads", "pieces"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"projection setting {name}={value}: expected 1 or more.")

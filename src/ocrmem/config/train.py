@@ -11,6 +11,7 @@ from ocrmem.config.encoder import EncoderSettings
 from ocrmem.config.llm import LLMSettings
 from ocrmem.config.loader import from_mapping, load_yaml
 from ocrmem.config.memory import MemorySettings
+from ocrmem.config.objectives import ObjectiveSettings
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError
 
@@ -69,6 +70,11 @@ class TrainConfig:
     memory: MemorySettings = field(default_factory=MemorySettings)
     projection: ProjectionSettings = field(default_factory=ProjectionSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    objectives: ObjectiveSettings | None = None
+    """Tasks on a corpus that is encoded ahead; they take the place of `data`. None: the replies of `data.train`."""
+    optimizer: Literal["muon"] | None = None
+    """`muon` (with objectives): `torch.optim.Muon` for the projection's matrices and AdamW for the rest. None: what
+    `training.optim` names, AdamW by default."""
     adapter: str | None = None
     """Adapter folder to start from; None: a fresh projection."""
     memory_token: str | None = None

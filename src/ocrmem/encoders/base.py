@@ -67,6 +67,12 @@ class OCREncoder(nn.Module, ABC):
     def tokens_per_page(self) -> int:
         """V, the features of one full page."""
 
+    @property
+    def lines_per_unit(self) -> int:
+        """Lines of a page that are encoded alone: a run of whole units may be cut out of a page and keeps its
+        features. Here the whole page; an encoder that reads line by line says 1."""
+        return self.page.lines_per_page
+
     @abstractmethod
     def forward(self, pages_PHW: torch.Tensor) -> torch.Tensor:
         """Encode pages.

@@ -8,6 +8,7 @@ pages_PHW ─▶ lines [P·L, 3, 48, W] in [-1, 1] ─▶ PPLCNetV4 + SVTR ─�
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import Self
 
@@ -67,7 +68,7 @@ class PPOCREncoder(OCREncoder):
 
     @classmethod
     def build(cls, settings: PPOCRSettings, *, page: RenderSettings | None = None) -> Self:
-        return cls(settings, page=page or PP_OCR_PAGE)
+        return cls(settings, page=page or preset_page(settings))
 
     def load_checkpoint(self, checkpoint: str | None) -> None:
         weights = OnnxWeights(resolve(checkpoint or DEFAULT_CHECKPOINT))
@@ -81,6 +82,10 @@ class PPOCREncoder(OCREncoder):
     @property
     def tokens_per_page(self) -> int:
         return self.page.lines_per_page * self.tokens_per_line
+
+    @property
+    def lines_per_unit(self) -> int:
+        return 1
 
     def forward(self, pages_PHW: torch.Tensor) -> torch.Tensor:
         self.check_pages(pages_PHW)
@@ -112,7 +117,12 @@ class PPOCREncoder(OCREncoder):
         return pages
 
     def num_tokens(self, page: Page) -> int:
-        return page.num_lines * self.tokens_per_line
+        if page.num_lines == 0:
+            return 0
+        # Below the last line is nothing, and to the right of its last glyph neither.
+        last_N4 = page.glyph_boxes_N4[page.glyph_boxes_N4[:, 1] == page.glyph_boxes_N4[-1:, 1]]
+        on_last = -(-int(last_N4[:, 2].max()) // (STEP_WIDTH * self.steps_per_token)) if len(last_N4) else 1
+        return (page.num_lines - 1) * self.tokens_per_line + min(max(on_last, 1), self.tokens_per_line)
 
     def token_spans(self, page: Page) -> TokenSpans:
         spans: TokenSpans = [[] for _ in range(self.num_tokens(page))]
@@ -122,7 +132,7 @@ class PPOCREncoder(OCREncoder):
         starts, ends = np.append(page.text_start, offsets[1:]), np.append(offsets[1:], page.text_end)
         columns = (boxes[:, 0] + boxes[:, 2]) // 2 // (STEP_WIDTH * self.steps_per_token)
         columns = np.minimum(columns, self.tokens_per_line - 1)  # spaces hanging over the margin
-        tokens = boxes[:, 1] // LINE_HEIGHT * self.tokens_per_line + columns
+        tokens = np.minimum(boxes[:, 1] // LINE_HEIGHT * self.tokens_per_line + columns, len(spans) - 1)
         for token, start, end in zip(tokens.tolist(), starts.tolist(), ends.tolist(), strict=True):
             span = spans[token]
             if span and span[-1][1] == start:
@@ -147,6 +157,13 @@ class PPOCREncoder(OCREncoder):
         kept = classes[np.append(True, classes[1:] != classes[:-1]) & (classes != 0)]
         characters = self._characters
         return "".join(characters[index - 1] if index <= len(characters) else " " for index in kept)
+
+
+def preset_page(settings: PPOCRSettings) -> RenderSettings:
+    """The preset, its width moved to the nearest that is a whole number of memory tokens."""
+    unit = STEP_WIDTH * settings.steps_per_token
+    width = max(1, round(PP_OCR_PAGE.page_width / unit)) * unit
+    return dataclasses.replace(PP_OCR_PAGE, page_width=width)
 
 
 def check_page(page: RenderSettings, steps_per_token: int) -> None:

@@ -103,7 +103,7 @@ class ChatFormat:
         """Tokens of each content, without its turn's own."""
         if not contents:
             return []
-        cleaned = list(map(self._clean, contents))
+        cleaned = list(map(self.clean, contents))
         return [len(ids) for ids in self.tokenizer(cleaned, add_special_tokens=False)["input_ids"]]
 
     @functools.cached_property
@@ -150,7 +150,7 @@ class ChatFormat:
 
     def _turns(self, messages: Sequence[Message], num_placeholders: int) -> list[dict[str, str]]:
         num_system = num_leading_system(messages)
-        system = [self._clean(message.content) for message in messages[:num_system]]
+        system = [self.clean(message.content) for message in messages[:num_system]]
         turns = [self._turn(message) for message in messages[num_system:]]
         if num_placeholders:
             memory = self.header + self.memory_token * num_placeholders
@@ -171,14 +171,14 @@ class ChatFormat:
 
     def _turn(self, message: Message) -> tuple[str, str]:
         """Role and content of a turn after the leading system messages, as the template gets them."""
-        text = self._clean(message.content)
+        text = self.clean(message.content)
         if message.role == "tool" and not self.accepts_tool:
             return "user", f"tool: {text}"
         if message.role == "system" and (self.merges_turns or not self.accepts_system):
             return "user", f"system: {text}"
         return message.role, text
 
-    def _clean(self, text: str) -> str:
+    def clean(self, text: str) -> str:
         return text_for_tokenizer(text, self.memory_token)
 
     def _shows(self, messages: Sequence[Message]) -> bool:

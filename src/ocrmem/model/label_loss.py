@@ -8,7 +8,7 @@ stays the LLM's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,22 +53,36 @@ def logits_at(
     return logits[0]
 
 
+def cross_entropy_sum(logits_NC: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross entropies, in nats and float32."""
+    return F.cross_entropy(logits_NC.float(), targets_N, reduction="sum")
+
+
 def label_loss(
     logits_NC: torch.Tensor,
     labels_BS: torch.Tensor,
     index: tuple[torch.Tensor, torch.Tensor],
     num_items_in_batch: torch.Tensor | int | None,
+    cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Cross entropy of the labels that follow the positions, in float32; 0 where nothing is labelled.
 
     Args:
+        cross_entropy: `cross_entropy_sum`, or the same compiled.
         num_items_in_batch: divisor of the sum; None: the number of positions.
     """
     samples_N, positions_N = index
     targets_N = labels_BS[samples_N, positions_N + 1].to(logits_NC.device)
-    total = F.cross_entropy(logits_NC.float(), targets_N, reduction="sum")
+    total = cross_entropy(logits_NC, targets_N)
     if num_items_in_batch is None:
         num_items_in_batch = max(1, targets_N.shape[0])
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
+
+
+def target_loss(memory_PVD: torch.Tensor, targets_PVD: torch.Tensor) -> torch.Tensor:
+    """Mean of 1 - cosine between memory tokens and their targets, over the targets that are not zero."""
+    used_PV = targets_PVD.any(dim=-1)
+    cosine_PV = F.cosine_similarity(memory_PVD.float(), targets_PVD.float(), dim=-1)
+    return ((1 - cosine_PV) * used_PV).sum() / used_PV.sum().clamp(min=1)

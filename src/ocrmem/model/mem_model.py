@@ -28,7 +28,15 @@ from ocrmem.errors import ConfigError, SpliceError
 from ocrmem.model import adapter
 from ocrmem.model.freeze import check_trainable, freeze
 from ocrmem.model.identity import EncoderIdentity, LLMIdentity, embedding_weight
-from ocrmem.model.label_loss import at_positions, label_loss, labelled_positions, logits_at
+from ocrmem.model.label_loss import (
+    at_positions,
+    cross_entropy_sum,
+    label_loss,
+    labelled_positions,
+    logits_at,
+    target_loss,
+)
+from ocrmem.model.packed_attention import PACKED, unused_mask
 from ocrmem.model.projection import Projection
 from ocrmem.model.report import trainable_report
 from ocrmem.model.splice import check_counts, splice
@@ -101,6 +109,7 @@ class MEMModel(PreTrainedModel):
         check_trainable(self, proj=self.proj)
         self._no_split_modules = base_llm_model._no_split_modules
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base_llm_model.forward).parameters
+        self.cross_entropy = cross_entropy_sum
         self._feature_dtype = getattr(torch, config.memory_settings.feature_dtype)
         name = llm_name or base_llm_model.name_or_path or type(base_llm_model).__name__
         self.config.llm = vars(LLMIdentity.of(base_llm_model, name=name, revision=llm_revision))
@@ -131,7 +140,10 @@ class MEMModel(PreTrainedModel):
         features: torch.Tensor | None = None,
         page_num_tokens: torch.Tensor | None = None,
         num_pages: torch.Tensor | None = None,
+        memory_targets: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -150,6 +162,12 @@ class MEMModel(PreTrainedModel):
             features: [P, V, E], the same pages already encoded.
             page_num_tokens: int64 [P], how many tokens of each page are in use.
             num_pages: int64 [B], how many pages each sample has.
+            memory_targets: [P, V, D]; do not run the LLM, but give as the loss the mean of 1 - cosine between each
+                memory token and its target, where that is not zero: a warm start for the projection.
+            position_ids: int64 [B, S]; in a packed row they start anew with every sample.
+            cu_seq_lens_q: int32 [samples + 1], where the samples of one packed row (B = 1) begin, and S at the end;
+                with `position_ids`.
+            max_length_q: positions of the longest sample of a packed row.
             num_items_in_batch: divisor of the loss; None: the labelled positions of this batch.
 
         How the gradient flows:
@@ -165,6 +183,10 @@ class MEMModel(PreTrainedModel):
         Raises:
             SpliceError: placeholders and memory tokens of a sample differ in number, or arguments are missing.
         """
+        if memory_targets is not None:
+            if features is None:
+                raise SpliceError("`memory_targets` came without `features`; give both.")
+            return MEMOutput(loss=target_loss(self.proj(features, page_num_tokens), memory_targets))
         embeds_BSD = self.embed(
             input_ids, pages=pages, features=features, page_num_tokens=page_num_tokens, num_pages=num_pages
         )
@@ -173,8 +195,19 @@ class MEMModel(PreTrainedModel):
                 attention_mask = None
             elif position_ids is None:
                 position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        packing: dict[str, Any] = {}
+        if cu_seq_lens_q is not None:
+            packing = {
+                "cu_seq_lens_q": cu_seq_lens_q,
+                "cu_seq_lens_k": cu_seq_lens_q,
+                "max_length_q": max_length_q,
+                "max_length_k": max_length_q,
+            }
+            if embeds_BSD.is_cuda and self.base_llm_model.config._attn_implementation == PACKED:
+                attention_mask = unused_mask(embeds_BSD.device)
         run_llm = functools.partial(
             self.base_llm_model,
+            **packing,
             inputs_embeds=embeds_BSD,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -193,7 +226,7 @@ class MEMModel(PreTrainedModel):
             with at_positions(self.get_output_embeddings(), index):
                 outputs = run_llm()
             logits = logits_at(outputs.logits, index, shape_BS=tuple(labels.shape))
-            loss = label_loss(logits, labels, index, num_items_in_batch)
+            loss = label_loss(logits, labels, index, num_items_in_batch, self.cross_entropy)
             logit_positions = torch.stack(index, dim=1)
         result = MEMOutput(
             loss=loss,

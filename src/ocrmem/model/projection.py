@@ -13,6 +13,7 @@ tokens enter the frozen LLM at the scale of text.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Projection(nn.Module):
     """
 
     embedding_rms: torch.Tensor
+    compute_dtype: torch.dtype | None = None
+    """Type of the arithmetic under autocast, set while training on a GPU; None: float32, or the caller's autocast."""
 
     def __init__(
         self,
@@ -51,29 +54,48 @@ class Projection(nn.Module):
         super().__init__()
         self.feature_width = feature_width
         hidden_size = settings.hidden_size or embedding_width
-        self.linear1 = nn.Linear(feature_width, hidden_size, dtype=torch.float32)
+        if feature_width % settings.pieces:
+            raise ConfigError(
+                f"projection.pieces={settings.pieces} does not divide the encoder's feature width {feature_width}; "
+                "choose a divisor."
+            )
+        self.piece_width = feature_width // settings.pieces
+        self.linear1 = nn.Linear(self.piece_width, hidden_size, dtype=torch.float32)
         self.linear2 = nn.Linear(hidden_size, embedding_width, dtype=torch.float32)
         self.attention: PageAttention | None = None
         if settings.kind == "attention":
             self.attention = PageAttention(
-                embedding_width, tokens_per_page, num_layers=settings.num_layers, num_heads=settings.num_heads
+                embedding_width,
+                tokens_per_page * settings.pieces,
+                num_layers=settings.num_layers,
+                num_heads=settings.num_heads,
             )
+        self.gain_D = nn.Parameter(torch.ones(embedding_width, dtype=torch.float32)) if settings.gain else None
         self.register_buffer("embedding_rms", torch.tensor(embedding_rms, dtype=torch.float32))
 
     def forward(self, features_PVE: torch.Tensor, page_num_tokens_P: torch.Tensor | None = None) -> torch.Tensor:
         """Project.
 
         Args:
-            features_PVE: the encoder's features, any floating type.
+            features_PVE: the encoder's features, any floating type. E may be any number of pieces: `pieces` as the
+                settings say, or fewer for less compression.
             page_num_tokens_P: tokens in use on each page; attention does not look beyond them. None: all V.
 
         Returns:
-            memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms`.
+            memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms` times its gain.
         """
-        memory_PVD = self.linear2(F.gelu(self.linear1(features_PVE.to(torch.float32))))
-        if self.attention is not None:
-            memory_PVD = self.attention(memory_PVD, page_num_tokens_P)
-        return F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
+        pages, tokens, width = features_PVE.shape
+        pieces = width // self.piece_width
+        cut = features_PVE.to(torch.float32).reshape(pages, tokens * pieces, self.piece_width)
+        lower = self.compute_dtype is not None
+        with torch.autocast(cut.device.type, self.compute_dtype, enabled=True) if lower else nullcontext():
+            memory_PVD = self.linear2(F.gelu(self.linear1(cut)))
+            if self.attention is not None:
+                used_P = None if page_num_tokens_P is None else page_num_tokens_P * pieces
+                memory_PVD = self.attention(memory_PVD, used_P)
+        memory_PVD = memory_PVD[:, pieces - 1 :: pieces]
+        normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
+        return normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to()`, `.half()`, `.cuda()`… move the projection, but never out of float32."""

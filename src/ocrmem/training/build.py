@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Subset
@@ -14,6 +15,7 @@ from ocrmem.assets.cache import cache_dir
 from ocrmem.assets.fetch import asset_names, resolve
 from ocrmem.config.loader import from_mapping, nearest
 from ocrmem.config.mem import MEMConfig
+from ocrmem.config.objectives import Features
 from ocrmem.config.render import RenderSettings
 from ocrmem.config.train import TRAINING_DEFAULTS, DataSettings, TrainConfig
 from ocrmem.data.conversations import read_conversations
@@ -28,18 +30,24 @@ from ocrmem.model.adapter import load_projection
 from ocrmem.model.identity import embedding_weight
 from ocrmem.model.llm import load_llm, load_tokenizer
 from ocrmem.model.mem_model import MEMModel
+from ocrmem.training.rivals import RivalEncoder
 
 log = logging.getLogger(__name__)
 
 
-def build_model(config: TrainConfig) -> tuple[MEMModel, MEMProcessor]:
+def build_model(config: TrainConfig, *, rival: Features | None = None) -> tuple[MEMModel, MEMProcessor]:
     """Load the frozen parts, make the projection (fresh, or that of `config.adapter`), and the processor.
 
     Seed torch before the call where a fresh projection must be reproducible.
+
+    Args:
+        rival: a projection for a rival of the memory that reads text tokens, with as many memory tokens.
     """
     llm, revision = load_llm(config.llm)
     tokenizer = load_tokenizer(config.llm.name)
     encoder = build_encoder(config.encoder, page=page_settings(config))
+    if rival is not None:
+        encoder = RivalEncoder(encoder, rival, embedding_weight(llm).shape[1])
     token, token_id = choose_memory_token(
         tokenizer, memory_token=config.memory_token, vocab_size=embedding_weight(llm).shape[0]
     )
@@ -114,8 +122,11 @@ def feature_store(config: TrainConfig) -> FeatureStore:
     return FeatureStore(Path(config.feature_cache) if config.feature_cache else cache_dir() / "features")
 
 
-def training_arguments(config: TrainConfig) -> TrainingArguments:
+def training_arguments(config: TrainConfig, **defaults: Any) -> TrainingArguments:
     """The run's `TrainingArguments`.
+
+    Args:
+        defaults: values for what the config's `training` section does not set.
 
     Raises:
         ConfigError: an unknown name (the nearest is given), or a value that transformers refuses.
@@ -126,9 +137,9 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             raise ConfigError(f"unknown setting 'training.{key}'. {nearest(key, known)}")
     if "output_dir" in config.training:
         raise ConfigError("set `output_dir` at the top of the config, not in `training`.")
-    values = {**TRAINING_DEFAULTS, **config.training}
+    values = {**TRAINING_DEFAULTS, **defaults, **config.training}
     values.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
-    if config.data.eval is not None:
+    if config.objectives.eval_corpora if config.objectives else config.data.eval is not None:
         values.setdefault("eval_strategy", "steps")
     try:
         return TrainingArguments(

@@ -27,6 +27,7 @@ from ocrmem.training.build import (
     feature_store,
     training_arguments,
 )
+from ocrmem.training.build_objectives import build_objective_trainer
 from ocrmem.training.trainer import MEMTrainer, last_checkpoint
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,11 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
     """
     run_dir = Path(config.output_dir)
     check_same_run(config, run_dir, resume=resume)
-    trainer, train_dataset = build_trainer(config, callbacks=callbacks)
+    trainer, train_dataset = (
+        build_trainer(config, callbacks=callbacks)
+        if config.objectives is None
+        else build_objective_trainer(config, callbacks=callbacks)
+    )
     model = trainer.model
     checkpoint = last_checkpoint(run_dir)
     resumed_from = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

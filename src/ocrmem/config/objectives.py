@@ -1,0 +1,123 @@
+"""What the projection is trained to do: tasks, their mixture, and a curriculum of lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ocrmem.errors import ConfigError
+
+Task = Literal["reconstruction", "continuation", "recall", "cloze", "reply"]
+TASKS: tuple[Task, ...] = ("reconstruction", "continuation", "recall", "cloze", "reply")
+Features = Literal["ocr", "mean-pooling", "convolution"]
+FEATURES: tuple[Features, ...] = ("ocr", "mean-pooling", "convolution")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of the curriculum."""
+
+    steps: int
+    """Optimizer steps."""
+    min_units: int = 1
+    """Shortest history, in units of the encoder: lines for `pp-ocr`, pages for an encoder of whole pages."""
+    max_units: int
+    """Longest history; lengths are drawn log-uniformly between the two."""
+    pieces: int | None = None
+    """Pieces to one memory token, a divisor of `projection.pieces`: less compression than at the end, for a start at
+    which the frozen LLM can read what it is given. None: all of them."""
+    max_memory_tokens: int | None = None
+    """Reconstruct only 1 to this many memory tokens of one unit, drawn log-uniformly: the easiest reading there is,
+    since the LLM need not find its place. None: whole units."""
+    tasks: dict[str, float] = field(default_factory=lambda: {"reconstruction": 1.0})
+    """Shares of the label tokens, by task: `reconstruction` (repeat the text), `continuation` (what follows), `recall`
+    (what came after a quoted half sentence), `cloze` (fill a gap), `reply` (an assistant's turn in a conversation).
+    They need not add up to 1."""
+    distillation: float = 0.0
+    """Weight of the KL divergence from the same frozen LLM with the full text, on continuation and reply."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"a stage has steps={self.steps}: expected 1 or more.")
+        if self.max_memory_tokens is not None and (self.max_memory_tokens < 1 or set(self.tasks) != {"reconstruction"}):
+            raise ConfigError(
+                f"a stage has max_memory_tokens={self.max_memory_tokens} and tasks {sorted(self.tasks)}: expected 1 or "
+                "more, and the task reconstruction alone."
+            )
+        if not 1 <= self.min_units <= self.max_units:
+            raise ConfigError(
+                f"a stage has min_units={self.min_units} and max_units={self.max_units}: expected 1 or more, and the "
+                "first no larger than the second."
+            )
+        unknown = set(self.tasks) - set(TASKS)
+        if unknown:
+            raise ConfigError(f"a stage has unknown tasks {sorted(unknown)}; the tasks are {', '.join(TASKS)}.")
+        if not any(share > 0 for share in self.tasks.values()) or any(share < 0 for share in self.tasks.values()):
+            raise ConfigError(f"a stage has tasks={dict(self.tasks)}: expected shares of 0 or more, one above 0.")
+        if self.distillation < 0:
+            raise ConfigError(f"a stage has distillation={self.distillation}: expected 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """Training on a corpus that was encoded ahead."""
+
+    corpora: tuple[str, ...]
+    """JSONL files of documents or conversations; a path whose first part is an asset name is looked up there."""
+    eval_corpora: tuple[str, ...] = ()
+    """Files for evaluation while training."""
+    max_chars: int | None = None
+    """Characters taken of each file, from documents spread over it; None: all."""
+    shuffled: float = 0.0
+    """Further documents for reconstruction, as a share of the prose, made of prose whose words are shuffled: what no
+    language model can guess has to be read."""
+    warm_start_steps: int = 300
+    """Steps, before the first stage, that bring each memory token near the mean embedding of the text tokens that it
+    covers; the LLM does not run."""
+    stages: tuple[Stage, ...]
+    """The curriculum, one stage after the other."""
+    packed_length: int = 16384
+    """Positions of one packed row; a step has `per_device_train_batch_size` of them."""
+    features: Features = "ocr"
+    """What the projection reads: pages, or for the trained rivals of an evaluation the text tokens themselves,
+    averaged (`mean-pooling`) or side by side (`convolution`: kernel and stride are the tokens of one memory token)."""
+    compile: bool = False
+    """Compile the LLM's layers and the loss. Pays on a GPU after a minute."""
+    features_on_device: bool = False
+    """Copy the features of the whole corpus to the GPU: 0.3 MB for 1,000 characters with `pp-ocr`."""
+    log_memory_steps: int = 100
+    """Every so many steps, log how much of the memory varies within a page, and the loss under a wrong page."""
+
+    def __post_init__(self) -> None:
+        if not self.corpora or not self.stages:
+            raise ConfigError("objectives need at least one file in `corpora` and one stage in `stages`.")
+        if self.features not in FEATURES:
+            raise ConfigError(f"objectives.features={self.features!r}: expected one of {', '.join(FEATURES)}.")
+        if self.packed_length < 512:
+            raise ConfigError(f"objectives.packed_length={self.packed_length}: expected 512 or more positions.")
+        if self.warm_start_steps < 0 or self.log_memory_steps < 1:
+            raise ConfigError("objectives: expected warm_start_steps of 0 or more and log_memory_steps of 1 or more.")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole curriculum."""
+        return self.warm_start_steps + sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> Stage | None:
+        """The stage of an optimizer step, from 0; None during the warm start. The last stage goes on for ever."""
+        step -= self.warm_start_steps
+        if step < 0:
+            return None
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
+
+
+def share_of(tasks: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Names and shares that add up to 1."""
+    names = tuple(name for name in TASKS if tasks.get(name, 0) > 0)
+    total = sum(tasks[name] for name in names)
+    return names, tuple(tasks[name] / total for name in names)

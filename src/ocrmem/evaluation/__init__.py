@@ -1,0 +1,1 @@
+"""How well a memory is read and used: probes on held-out text, metrics and the results page."""

@@ -1,0 +1,83 @@
+"""Attention over packed rows: many samples one after the other, none seeing another.
+
+Registered with transformers as `packed`, so `llm.attn_implementation: packed` selects it. It runs PyTorch's own
+variable-length FlashAttention (`torch.nn.attention.varlen`), which reads where samples begin from `cu_seq_lens_q`, the
+argument that transformers' own `flash_attention_2` takes, and needs no package besides torch. A batch without it, as in
+`generate`, goes through SDPA.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED = "packed"
+"""Name of the attention implementation."""
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    _PARAMETERS = inspect.signature(varlen_attn).parameters
+except ImportError:  # torch before 2.10
+    varlen_attn, _PARAMETERS = None, {}
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sample of a packed row.
+
+    Args:
+        query: [1, heads, S, width]; key and value may have fewer heads, a divisor of the query's.
+        cu_seq_lens_q: int32 [samples + 1], where each sample begins, and S at the end; None: plain SDPA.
+        max_length_q: positions of the longest sample.
+
+    Returns:
+        [1, S, heads, width], and None for the attention weights.
+    """
+    if cu_seq_lens_q is None or not query.is_cuda or varlen_attn is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    query_SHW, key_SHW, value_SHW = (states[0].transpose(0, 1) for states in (query, key, value))
+    options: dict[str, Any] = {}
+    if "enable_gqa" in _PARAMETERS:
+        options["enable_gqa"] = query_SHW.shape[1] != key_SHW.shape[1]
+    else:
+        groups = query_SHW.shape[1] // key_SHW.shape[1]
+        key_SHW, value_SHW = (states.repeat_interleave(groups, dim=1) for states in (key_SHW, value_SHW))
+    if "window_size" in _PARAMETERS:
+        options["window_size"] = (-1, 0)
+    else:
+        options["is_causal"] = True
+    if scaling is not None and "scale" in _PARAMETERS:
+        options["scale"] = scaling
+    out_SHW = varlen_attn(
+        query_SHW, key_SHW, value_SHW, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options
+    )
+    return out_SHW[None], None
+
+
+def unused_mask(device: torch.device) -> torch.Tensor:
+    """A mask that says nothing, in the four dimensions that transformers passes on as they are: where the kernel keeps
+    samples apart, a mask of S × S would only cost memory."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)

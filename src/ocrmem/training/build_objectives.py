@@ -1,0 +1,164 @@
+"""From a training config with objectives to its trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback, set_seed
+
+from ocrmem.assets.cache import cache_dir
+from ocrmem.config.objectives import ObjectiveSettings, Stage
+from ocrmem.config.train import TrainConfig
+from ocrmem.data.bank import Bank, BankDocument, build_bank
+from ocrmem.data.processor import MEMProcessor
+from ocrmem.encoders.base import OCREncoder
+from ocrmem.encoders.pp_ocr import PPOCREncoder
+from ocrmem.encoders.registry import build_encoder
+from ocrmem.errors import ConfigError
+from ocrmem.model.mem_model import MEMModel
+from ocrmem.training.build import build_model, find_data, training_arguments
+from ocrmem.training.corpus import read_corpora, shuffled_documents
+from ocrmem.training.objectives import FeatureSource, ObjectiveTrainer
+from ocrmem.training.packing import PackedRows, fill
+from ocrmem.training.rivals import RivalEncoder
+from ocrmem.training.tasks import REPEAT, Frame, Sample, TaskSampler
+
+log = logging.getLogger(__name__)
+
+EVAL_UNITS = (1, 6)
+"""Lengths, in units, at which held-out reconstruction is measured while training."""
+EVAL_ROWS = 2
+"""Packed rows of each length."""
+EVAL_CHARS = 400_000
+"""Held-out characters taken of each file for evaluation while training."""
+
+
+def build_objective_trainer(
+    config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()
+) -> tuple[ObjectiveTrainer, PackedRows]:
+    """Everything that a run with objectives needs: the corpora drawn, encoded and tokenised, and the trainer."""
+    settings = config.objectives
+    assert settings is not None
+    arguments = training_arguments(config, max_steps=settings.total_steps, per_device_train_batch_size=1)
+    set_seed(arguments.seed)
+    rival = None if settings.features == "ocr" else settings.features
+    model, processor = build_model(config, rival=rival)
+    model.to(arguments.device)
+    frame = Frame(processor.chat_format)
+    train_bank = _bank(config, settings, settings.corpora, settings.max_chars, model, processor, arguments)
+    rows = PackedRows(
+        samplers(train_bank, config, frame, processor),
+        settings,
+        seed=arguments.seed,
+        rows_per_step=arguments.world_size * arguments.gradient_accumulation_steps,
+        pad_token_id=processor.pad_token_id,
+    )
+    embedding = model.get_input_embeddings()
+
+    def source(bank: Bank, on_device: bool) -> FeatureSource:
+        return FeatureSource(bank, settings.features, embedding=embedding, device=arguments.device, on_device=on_device)
+
+    eval_rows: dict[str, list[dict[str, Any]]] = {}
+    eval_source = None
+    if settings.eval_corpora:
+        eval_chars = min(EVAL_CHARS, (settings.max_chars or 10 * EVAL_CHARS) // 10)
+        eval_bank = _bank(config, settings, settings.eval_corpora, eval_chars, model, processor, arguments)
+        eval_rows = evaluation_rows(samplers(eval_bank, config, frame, processor), rows)
+        eval_source = source(eval_bank, settings.features_on_device)
+    trainer = ObjectiveTrainer(
+        model,
+        arguments,
+        rows=rows,
+        eval_rows=eval_rows,
+        settings=settings,
+        source=source(train_bank, settings.features_on_device),
+        eval_source=eval_source,
+        optimizer=config.optimizer,
+        gradient_check=config.gradient_check,
+        callbacks=list(callbacks),
+    )
+    return trainer, rows
+
+
+def samplers(bank: Bank, config: TrainConfig, frame: Frame, processor: MEMProcessor) -> dict[int, TaskSampler]:
+    """A sampler for each number of pieces to a memory token that the stages name."""
+    assert config.objectives is not None
+    whole = config.projection.pieces
+    result = {}
+    for pieces in {whole, *(stage.pieces or whole for stage in config.objectives.stages)}:
+        if whole % pieces:
+            raise ConfigError(f"a stage has pieces={pieces}, which does not divide projection.pieces={whole}.")
+        result[pieces] = TaskSampler(bank.joined(pieces), frame, memory_token_id=processor.memory_token_id)
+    return result
+
+
+def finest(config: TrainConfig, encoder: OCREncoder) -> OCREncoder:
+    """The encoder with one piece of the projection to a memory token: the same features, cut finer."""
+    pieces = config.projection.pieces
+    if pieces == 1:
+        return encoder
+    steps = encoder.steps_per_token if isinstance(encoder, PPOCREncoder) else 0
+    if not steps or steps % pieces:
+        raise ConfigError(
+            f"projection.pieces={pieces} needs encoder pp-ocr with a multiple of {pieces} as steps_per_token; the "
+            f"encoder is {encoder.name!r} with {steps or 'none'}."
+        )
+    settings = {**config.encoder.settings, "steps_per_token": steps // pieces}
+    finer = build_encoder(dataclasses.replace(config.encoder, settings=settings), page=encoder.page)
+    return finer.to(next(encoder.parameters()).device)
+
+
+def _bank(
+    config: TrainConfig,
+    settings: ObjectiveSettings,
+    paths: Sequence[str],
+    max_chars: int | None,
+    model: MEMModel,
+    processor: MEMProcessor,
+    arguments: Any,
+) -> Bank:
+    documents: list[BankDocument] = read_corpora([find_data(path) for path in paths], max_chars=max_chars)
+    encoder = model.ocr_embed.drawn if isinstance(model.ocr_embed, RivalEncoder) else model.ocr_embed
+    encoder = finest(config, encoder)
+    folder = Path(config.feature_cache) if config.feature_cache else cache_dir() / "features"
+    if paths == settings.corpora and settings.shuffled:
+        documents += shuffled_documents(documents, settings.shuffled)
+    log.info("%d documents, %d characters", len(documents), sum(len(document.text) for document in documents))
+    with arguments.main_process_first(desc="drawing and encoding the corpora"):
+        return build_bank(
+            documents,
+            encoder=encoder,
+            tokenizer=processor.tokenizer,
+            folder=folder / "banks",
+            device=arguments.device,
+            num_workers=arguments.dataloader_num_workers,
+            encode=settings.features == "ocr",
+        )
+
+
+def evaluation_rows(by_pieces: dict[int, TaskSampler], rows: PackedRows) -> dict[str, list[dict[str, Any]]]:
+    """Packed rows of held-out reconstruction at `EVAL_UNITS` units and every number of pieces; always the same."""
+    length = rows.settings.packed_length
+    result: dict[str, list[dict[str, Any]]] = {}
+    packed = PackedRows(by_pieces, rows.settings, seed=0, rows_per_step=1, pad_token_id=rows.pad_token_id)
+    for pieces, sampler in sorted(by_pieces.items()):
+        for units in EVAL_UNITS:
+            rng = np.random.default_rng([1, units])
+            stage = Stage(steps=1, min_units=units, max_units=units)
+
+            def draw(sampler: TaskSampler = sampler, rng: np.random.Generator = rng, stage: Stage = stage) -> Sample:
+                run = None
+                while run is None:
+                    run = sampler.run(rng, stage)
+                return sampler.reconstruction(*run, question=REPEAT[0])
+
+            if not (sampler.bank.num_units_K >= units).any() or len(draw().input_ids_T) > length / 1.2:
+                continue
+            name = f"reconstruction-{units}" + ("" if pieces == max(by_pieces) else f"-pieces-{pieces}")
+            result[name] = [packed.pack(fill(draw, length), pieces) for _ in range(EVAL_ROWS)]
+    return result

@@ -1,0 +1,307 @@
+"""`ObjectiveTrainer`: a `MEMTrainer` on packed rows of a bank.
+
+A step is one packed row: gather the features, project, splice, run the LLM once over all samples, cross entropy at the
+labels; where samples are distilled, once more over their full text for the teacher's distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import TrainerCallback, TrainingArguments
+
+from ocrmem.config.objectives import TASKS, Features, ObjectiveSettings
+from ocrmem.data.bank import Bank
+from ocrmem.errors import ConfigError
+from ocrmem.gradflow.callback import GradientFlowCallback
+from ocrmem.model.label_loss import cross_entropy_sum, labelled_positions
+from ocrmem.model.mem_model import MEMModel
+from ocrmem.training.graphs import GraphedLayers
+from ocrmem.training.optimizer import MuonAdamW
+from ocrmem.training.packing import PackedRows, unpacked
+from ocrmem.training.trainer import MEMTrainer
+
+FORWARD_KEYS = (
+    "input_ids",
+    "labels",
+    "position_ids",
+    "cu_seq_lens_q",
+    "max_length_q",
+    "features",
+    "page_num_tokens",
+    "num_pages",
+)
+"""What of a packed row `MEMModel.forward` takes."""
+
+
+class FeatureSource:
+    """Turns what a packed row says of its memory into features [P, V, E] on the training device.
+
+    Args:
+        bank: at its finest, one piece to a memory token.
+        embedding: the LLM's input embedding, read by the rivals.
+        on_device: copy the whole bank's features to the device once.
+    """
+
+    def __init__(
+        self, bank: Bank, kind: Features, *, embedding: torch.nn.Module, device: torch.device, on_device: bool = False
+    ) -> None:
+        self.kind, self.embedding, self.device = kind, embedding, device
+        self.features_UVE = bank.features_UVE
+        if kind == "ocr" and on_device:
+            self.features_UVE = bank.features_UVE.to(device)
+
+    def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
+        """features_PVE of a row; the row's `units` or `slots` say which, and `first_slots` where each page begins."""
+        features_PVE = self._whole(batch)
+        if "first_slots" not in batch:
+            return features_PVE
+        index_PV = batch["first_slots"][:, None] + torch.arange(features_PVE.shape[1], device=features_PVE.device)
+        index_PV = index_PV.clamp(max=features_PVE.shape[1] - 1)
+        return features_PVE.gather(1, index_PV[..., None].expand_as(features_PVE))
+
+    def _whole(self, batch: dict[str, Any]) -> torch.Tensor:
+        if self.kind != "ocr":
+            return text_features(batch["slots"], self.embedding, self.kind)
+        units_PU = batch["units"].to(self.features_UVE.device)
+        found = self.features_UVE[units_PU.clamp(min=0).flatten()].to(self.device, non_blocking=True)
+        found = found.reshape(found.shape[0], found.shape[1] // batch["pieces"], found.shape[2] * batch["pieces"])
+        found = found * (units_PU >= 0).flatten().to(self.device)[:, None, None]
+        pages, per_page = units_PU.shape
+        return found.reshape(pages, per_page * found.shape[1], found.shape[2])
+
+
+@torch.no_grad()
+def text_features(slots_PVT: torch.Tensor, embedding: torch.nn.Module, kind: Features) -> torch.Tensor:
+    """What a trained rival's projection reads of each memory token: the embeddings of its text tokens.
+
+    `mean-pooling` gives their mean [P, V, D]; `convolution` all of them side by side [P, V, tokens × D], so that the
+    projection's first layer is a convolution whose kernel and stride are one memory token. Scaled to unit RMS.
+    """
+    present = (slots_PVT >= 0)[..., None]
+    embeds = embedding(slots_PVT.clamp(min=0).long()).float() * present
+    scale = embedding.weight.float().pow(2).mean().rsqrt()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    if kind == "mean-pooling":
+        return embeds.sum(dim=2) / present.sum(dim=2).clamp(min=1) * scale
+    return embeds.flatten(2) * scale
+
+
+@torch.no_grad()
+def covered_embeddings(slots_PVT: torch.Tensor, embedding: torch.nn.Module) -> torch.Tensor:
+    """Mean embedding of the text tokens under each memory token, [P, V, D]; zeros where there is none."""
+    present = (slots_PVT >= 0)[..., None]
+    embeds = embedding(slots_PVT.clamp(min=0).long()).float() * present
+    return embeds.sum(dim=2) / present.sum(dim=2).clamp(min=1)
+
+
+def distillation_loss(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch.Tensor:
+    """KL(teacher ‖ student) in nats, mean over the N positions (Hinton et al. 2015, temperature 1)."""
+    student = F.log_softmax(student_NC.float(), dim=-1)
+    teacher = F.log_softmax(teacher_NC.float(), dim=-1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def varying_share(memory_PVD: torch.Tensor, page_num_tokens_P: torch.Tensor) -> torch.Tensor:
+    """Share of the memory tokens' variance that lies within pages: near 0 where all of a page looks alike."""
+    used_PV1 = (torch.arange(memory_PVD.shape[1], device=memory_PVD.device) < page_num_tokens_P[:, None])[..., None]
+    memory = memory_PVD.float() * used_PV1
+    count_P1 = page_num_tokens_P.clamp(min=1)[:, None]
+    page_mean = memory.sum(dim=1) / count_P1
+    mean = memory.sum(dim=(0, 1)) / count_P1.sum()
+    within = (((memory - page_mean[:, None]) * used_PV1) ** 2).sum()
+    total = (((memory - mean) * used_PV1) ** 2).sum()
+    return within / total.clamp(min=1e-12)
+
+
+class ObjectiveTrainer(MEMTrainer):
+    """Trains on `PackedRows`; checkpoints, resume and the gradient check are those of `MEMTrainer`.
+
+    Args:
+        eval_rows: packed rows of held-out text by name (`reconstruction-1`); each is run whole, its own loss and
+            token accuracy reported, and once with the pages of other samples.
+    """
+
+    def __init__(
+        self,
+        model: MEMModel,
+        args: TrainingArguments,
+        *,
+        rows: PackedRows,
+        eval_rows: dict[str, list[dict[str, Any]]],
+        settings: ObjectiveSettings,
+        source: FeatureSource,
+        eval_source: FeatureSource | None = None,
+        optimizer: Literal["muon"] | None = None,
+        gradient_check: Any = "error",
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if args.per_device_train_batch_size != 1:
+            raise ConfigError(
+                f"training.per_device_train_batch_size={args.per_device_train_batch_size}: with objectives a step is "
+                "one packed row; leave it at 1 and set objectives.packed_length, or gradient_accumulation_steps."
+            )
+        super().__init__(
+            model,
+            args,
+            train_dataset=rows,
+            eval_dataset=rows if eval_rows else None,  # `evaluate` reads eval_rows
+            data_collator=unpacked,
+            gradient_check="off",
+            callbacks=callbacks,
+        )
+        self.add_callback(GradientFlowCallback("proj", mode=gradient_check, prepare=self._forward_inputs))
+        self.settings, self.source, self.eval_source = settings, source, eval_source or source
+        self.eval_rows = eval_rows
+        self._muon = optimizer == "muon"
+        self._compiled = False
+        self._sums: dict[str, list[torch.Tensor]] = {}
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """In order: a row's number says its step."""
+        return SequentialSampler(train_dataset or self.train_dataset)  # pyright: ignore[reportArgumentType]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Muon where the config asks for it, else Trainer's."""
+        if self._muon and self.optimizer is None:
+            self.optimizer = MuonAdamW(self.model.proj, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+        return super().create_optimizer(*args, **kwargs) if not self._muon else self.optimizer  # pyright: ignore
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a row to the device, and give it its features."""
+        inputs = super()._prepare_inputs(inputs)
+        if "features" not in inputs:
+            inputs["features"] = self.source(inputs)
+        return inputs
+
+    def _forward_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What `MEMModel.forward` takes of a row, for the gradient check."""
+        inputs = self._prepare_inputs(dict(inputs))
+        return {key: inputs[key] for key in FORWARD_KEYS if key in inputs}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Warm start: cosine distance to the covered text's mean embedding. Else cross entropy, and the KL divergence
+        from the teacher at its weight."""
+        if self.settings.compile and not self._compiled:
+            compile_layers(self.model.base_llm_model)
+            dtype = self.model.base_llm_model.dtype
+            self.model.proj.compute_dtype = None if dtype == torch.float32 else dtype
+            GraphedLayers(self.model.base_llm_model)
+            self.model.cross_entropy = torch.compile(cross_entropy_sum, dynamic=True)
+            self._compiled = True
+        if inputs.get("warm_start"):
+            arguments = {key: inputs[key] for key in ("input_ids", "features", "page_num_tokens", "num_pages")}
+            targets_PVD = covered_embeddings(inputs["slots"], self.model.get_input_embeddings())
+            loss = model(**arguments, memory_targets=targets_PVD).loss
+            self._note("warm_start", loss)
+            self._note_memory(inputs)
+            return loss
+        weight = inputs.get("distillation", 0.0)
+        # First the teacher: a graph's replay for the student must be the last before the backward.
+        teacher_NC = teacher_logits(self.model, inputs) if weight and "teacher_input_ids" in inputs else None
+        self._note_memory(inputs)
+        outputs = model(**{key: inputs[key] for key in FORWARD_KEYS if key in inputs}, use_cache=False)
+        loss = outputs.loss
+        self._note_tasks(outputs, inputs)
+        if teacher_NC is not None:
+            divergence = distillation_loss(outputs.logits[inputs["distilled"]], teacher_NC)
+            self._note("distillation", divergence)
+            loss = loss + weight * divergence
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _note_tasks(self, outputs: Any, inputs: dict[str, Any]) -> None:
+        if self.state.global_step % max(1, int(self.args.logging_steps) // 4):
+            return
+        targets_N = targets_of(inputs["labels"])
+        losses_N = F.cross_entropy(outputs.logits.float(), targets_N, reduction="none")
+        right_N = (outputs.logits.argmax(dim=-1) == targets_N).float()
+        tasks_N = inputs["task_of_label"]
+        for index in tasks_N.unique().tolist():
+            chosen = tasks_N == index
+            self._note(f"{TASKS[index]}_loss", losses_N[chosen].mean())
+            self._note(f"{TASKS[index]}_accuracy", right_N[chosen].mean())
+
+    @torch.no_grad()
+    def _note_memory(self, inputs: dict[str, Any]) -> None:
+        if not self.model.training or self.state.global_step % self.settings.log_memory_steps:
+            return
+        features, counts = inputs["features"], inputs["page_num_tokens"]
+        self._note("memory_varies", varying_share(self.model.proj(features, counts), counts))
+        arguments = {key: inputs[key] for key in FORWARD_KEYS if key in inputs}
+        arguments["features"] = features.roll(1, dims=0)
+        self._note("wrong_page_loss", self.model(**arguments, use_cache=False).loss)
+
+    def _note(self, name: str, value: torch.Tensor) -> None:
+        self._sums.setdefault(name, []).append(value.detach().float())
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's log, with the means of what was noted since the last one."""
+        if "loss" in logs:
+            logs = {**logs, **{name: float(torch.stack(values).mean()) for name, values in self._sums.items()}}
+            self._sums = {}
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Loss and token accuracy on every set of held-out rows, with the right pages and with wrong ones."""
+        was_training = self.model.training
+        self.model.eval()
+        metrics: dict[str, float] = {}
+        source, self.source = self.source, self.eval_source
+        try:
+            for name, rows in self.eval_rows.items():
+                for suffix, roll in (("", False), ("_wrong_page", True)):
+                    loss, accuracy = self._evaluate_rows(rows, roll=roll)
+                    metrics[f"{metric_key_prefix}_{name}_loss{suffix}"] = loss
+                    metrics[f"{metric_key_prefix}_{name}_accuracy{suffix}"] = accuracy
+        finally:
+            self.source = source
+            self.model.train(was_training)
+        right = [value for key, value in metrics.items() if key.endswith("_loss")]
+        metrics[f"{metric_key_prefix}_loss"] = sum(right) / max(1, len(right))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_rows(self, rows: Sequence[dict[str, Any]], *, roll: bool) -> tuple[float, float]:
+        total = right = count = 0.0
+        for row in rows:
+            inputs = self._prepare_inputs(dict(row))
+            arguments = {key: inputs[key] for key in FORWARD_KEYS if key in inputs}
+            if roll:
+                arguments["features"] = arguments["features"].roll(1, dims=0)
+            outputs = self.model(**arguments, use_cache=False)
+            targets_N = targets_of(inputs["labels"])
+            total += float(outputs.loss) * len(targets_N)
+            right += float((outputs.logits.argmax(dim=-1) == targets_N).sum())
+            count += len(targets_N)
+        return (total / count, right / count) if count else (math.nan, math.nan)
+
+
+def targets_of(labels_BS: torch.Tensor) -> torch.Tensor:
+    """int64 [N]: the labels that the rows of `MEMOutput.logits` predict."""
+    samples_N, positions_N = labelled_positions(labels_BS)
+    return labels_BS[samples_N, positions_N + 1]
+
+
+@torch.no_grad()
+def teacher_logits(model: MEMModel, inputs: dict[str, Any]) -> torch.Tensor:
+    """Logits of the frozen LLM with the full text, at the positions of the distilled labels."""
+    row = {key.removeprefix("teacher_"): value for key, value in inputs.items() if key.startswith("teacher_")}
+    return model(**{key: row[key] for key in FORWARD_KEYS if key in row}, use_cache=False).logits
+
+
+def compile_layers(llm: torch.nn.Module) -> None:
+    """Compile each layer of a Hugging Face LLM on its own: the layers share one compiled graph, which takes seconds
+    where the whole LLM takes minutes."""
+    layers = next((module for module in llm.modules() if isinstance(module, torch.nn.ModuleList)), None)
+    assert layers is not None, "a causal LM keeps its layers in a ModuleList"
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)

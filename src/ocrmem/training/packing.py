@@ -1,0 +1,214 @@
+"""Samples to packed rows: positions filled to the last, no sample seeing another, every row decided by its number.
+
+Row i of a run depends on the seed and i alone, so a run that was killed goes on with the rows it would have had, and
+any number of loader processes draws the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ocrmem.config.objectives import TASKS, Features, ObjectiveSettings
+from ocrmem.data.bank import Bank
+from ocrmem.errors import ConfigError
+from ocrmem.model.label_loss import IGNORE_INDEX
+from ocrmem.training.tasks import Sample, TaskSampler
+
+TOKENS_PER_SLOT = 8
+"""Most text tokens of one memory token that a rival is given; what is beyond is left out."""
+TOO_LONG = 3
+"""Samples that may fail to fit before a row is closed."""
+
+
+class PackedRows(Dataset[dict[str, Any]]):
+    """Packed training rows, one for each index; see `pack` for what a row holds.
+
+    Args:
+        samplers: by pieces to a memory token; the largest number is that of a stage which names none.
+        rows_per_step: rows that one optimizer step takes over all processes; it tells the step, and so the stage.
+    """
+
+    def __init__(
+        self,
+        samplers: Mapping[int, TaskSampler],
+        settings: ObjectiveSettings,
+        *,
+        seed: int,
+        rows_per_step: int,
+        pad_token_id: int,
+    ) -> None:
+        self.samplers, self.settings, self.seed = samplers, settings, seed
+        self.rows_per_step, self.pad_token_id = rows_per_step, pad_token_id
+
+    def __len__(self) -> int:
+        return self.settings.total_steps * self.rows_per_step
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        stage = self.settings.stage_at(index // self.rows_per_step)
+        rng = np.random.default_rng([self.seed, index])
+        drawn = stage or self.settings.stages[0]
+        pieces = drawn.pieces or max(self.samplers)
+        sampler = self.samplers[pieces]
+        batch = self.pack(
+            fill(lambda: sampler.sample(rng, drawn), self.settings.packed_length), pieces, slots=stage is None
+        )
+        batch["warm_start"] = stage is None
+        batch["distillation"] = 0.0 if stage is None else stage.distillation
+        return batch
+
+    def pack(self, samples: Sequence[Sample], pieces: int, *, slots: bool = False) -> dict[str, Any]:
+        """`pack` with this data set's settings, for samples of so many pieces to a memory token."""
+        batch = pack(
+            samples,
+            self.samplers[pieces].bank,
+            length=self.settings.packed_length,
+            pad_token_id=self.pad_token_id,
+            features=self.settings.features,
+            slots=slots,
+        )
+        batch["pieces"] = pieces
+        return batch
+
+
+def fill(draw: Callable[[], Sample], length: int) -> list[Sample]:
+    """Samples whose positions, with and without the text of those that are distilled, fit into `length`."""
+    samples: list[Sample] = []
+    used = teacher_used = failed = size = teacher = 0
+    while failed < TOO_LONG:
+        sample = draw()
+        size = len(sample.input_ids_T)
+        teacher = 0 if sample.teacher_ids_T is None else len(sample.teacher_ids_T)
+        if used + size > length or teacher_used + teacher > length:
+            failed += 1
+            continue
+        samples.append(sample)
+        used, teacher_used = used + size, teacher_used + teacher
+    if not samples:
+        raise ConfigError(
+            f"objectives.packed_length={length} is too short: the last sample drawn has {size} positions, and "
+            f"{teacher} with its text for the teacher. Raise it, or lower max_units of the stages."
+        )
+    return samples
+
+
+def pack(
+    samples: Sequence[Sample],
+    bank: Bank,
+    *,
+    length: int,
+    pad_token_id: int,
+    features: Features = "ocr",
+    slots: bool = False,
+) -> dict[str, Any]:
+    """One packed row.
+
+    Returns:
+        `input_ids`, `labels`, `position_ids` int64 [1, length]; `cu_seq_lens_q` int32; `max_length_q`;
+        `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has none; for a
+        rival, and where asked for, `slots` int32 [P, V, tokens] of token ids, -1 where there is none; `task_of_label` int64 [N], the index
+        in `TASKS`; and where samples are distilled `teacher_…` of the same kind, with `distilled` bool [N].
+    """
+    row = _row([(sample.input_ids_T, sample.labelled_T) for sample in samples], length, pad_token_id)
+    units: list[list[int]] = []
+    tokens: list[int] = []
+    first_slots: list[int] = []
+    for sample in samples:
+        for begin in range(0, len(sample.units), bank.units_per_page):
+            page = sample.units[begin : begin + bank.units_per_page]
+            units.append(page)
+            first, count = sample.slots or (0, int(bank.unit_tokens_U[page].sum()))
+            tokens.append(count)
+            first_slots.append(first)
+    batch: dict[str, Any] = {
+        **row,
+        "page_num_tokens": torch.tensor(tokens),
+        "num_pages": torch.tensor([len(tokens)]),
+        "task_of_label": torch.from_numpy(
+            np.concatenate([np.full(int(s.labelled_T[1:].sum()), TASKS.index(s.task)) for s in samples])  # pyright: ignore
+        ),
+    }
+    width = max(map(len, units))
+    units_PU = np.array([page + [-1] * (width - len(page)) for page in units], dtype=np.int64)
+    batch["units"] = torch.from_numpy(units_PU)
+    if any(first_slots):
+        batch["first_slots"] = torch.tensor(first_slots)
+    if slots or features != "ocr":
+        batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=features != "ocr"))
+    distilled = [s for s in samples if s.teacher_ids_T is not None]
+    if distilled:
+        teacher = _row(
+            [(s.teacher_ids_T, s.teacher_labelled_T) for s in distilled],  # pyright: ignore
+            length,
+            pad_token_id,
+        )
+        batch.update({f"teacher_{name}": value for name, value in teacher.items()})
+        batch["distilled"] = torch.from_numpy(
+            np.concatenate([np.full(int(s.labelled_T[1:].sum()), s.teacher_ids_T is not None) for s in samples])
+        )
+    return batch
+
+
+def _row(pieces: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad_token_id: int) -> dict[str, Any]:
+    input_ids = np.full(length, pad_token_id, dtype=np.int64)
+    labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
+    positions = np.zeros(length, dtype=np.int64)
+    edges = [0]
+    for ids_T, labelled_T in pieces:
+        begin, end = edges[-1], edges[-1] + len(ids_T)
+        input_ids[begin:end] = ids_T
+        labels[begin:end][labelled_T] = ids_T[labelled_T]
+        positions[begin:end] = np.arange(end - begin)
+        edges.append(end)
+    if edges[-1] < length:  # what is left over is a sample of its own, without labels
+        positions[edges[-1] :] = np.arange(length - edges[-1])
+        edges.append(length)
+    return {
+        "input_ids": torch.from_numpy(input_ids)[None],
+        "labels": torch.from_numpy(labels)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "cu_seq_lens_q": torch.tensor(edges, dtype=torch.int32),
+        "max_length_q": int(np.diff(edges).max()),
+    }
+
+
+def token_slots(bank: Bank, units_PU: np.ndarray, *, evenly: bool) -> np.ndarray:
+    """Token ids under each memory token, int32 [P, V, `TOKENS_PER_SLOT`], -1 where there is none.
+
+    Args:
+        evenly: deal the text tokens of a unit out evenly, in order, over its memory tokens, as a rival does;
+            otherwise each goes to the memory token under whose pixels it begins.
+    """
+    pages, per_page = units_PU.shape
+    slots = np.full((pages, per_page * bank.tokens_per_unit, TOKENS_PER_SLOT), -1, dtype=np.int32)
+    documents = np.searchsorted(bank.first_unit_K, units_PU, side="right") - 1
+    for page in range(pages):
+        base = 0
+        for unit, document in zip(units_PU[page], documents[page], strict=True):
+            if unit < 0:
+                break
+            count = int(bank.unit_tokens_U[unit])
+            begin, end = bank.token_range(document, bank.unit_start_U[unit], bank.unit_end_U[unit])
+            number = end - begin
+            if number:
+                starts = bank.token_starts_T[begin:end]
+                slot = (
+                    np.arange(number) * count // number
+                    if evenly
+                    else np.searchsorted(bank.slot_chars_UV[unit, :count], starts, side="right").clip(min=1) - 1
+                )
+                place = np.arange(number) - np.searchsorted(slot, slot)
+                kept = place < TOKENS_PER_SLOT
+                slots[page, base + slot[kept], place[kept]] = bank.token_ids_T[begin:end][kept]
+            base += bank.tokens_per_unit
+    return slots
+
+
+def unpacked(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The collator of packed rows: a step's batch is one row as it is."""
+    assert len(rows) == 1, f"{len(rows)} rows for one forward; packed rows go one at a time"
+    return rows[0]

@@ -1,0 +1,448 @@
+"""What the projection learns from: samples drawn from a bank, task by task.
+
+```
+[system … memory] [user: an instruction] [assistant: the labelled answer]
+```
+
+Instructions vary, and several tasks share one memory format, so that the projection learns to put the text before the
+LLM and not to make it transcribe whatever it is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import regex
+
+from ocrmem.config.objectives import Stage, share_of
+from ocrmem.data.bank import Bank
+from ocrmem.errors import ConfigError, DataError
+from ocrmem.memory.chat_format import ChatFormat
+from ocrmem.types import Message
+
+REPEAT = (
+    "Repeat the text above.",
+    "Repeat the text above word for word.",
+    "Write out what stands above, exactly as it is.",
+    "What does the text above say? Give it verbatim.",
+    "Copy the passage above.",
+    "Please transcribe everything above.",
+    "Quote the whole text above.",
+    "Reproduce the earlier text without changing a word.",
+    "Say again exactly what was said before.",
+    "Type out the text you were given.",
+)
+CONTINUE = (
+    "Continue the text above.",
+    "What comes next? Go on writing.",
+    "Write how the text above goes on.",
+    "Carry on from where the text stops.",
+    "Please continue.",
+)
+RECALL = (
+    'Complete the sentence from the text above that begins with: "{}"',
+    'Which words came after "{}"?',
+    'How did this go on: "{}"',
+    'The text above says "{}". What follows?',
+    'Finish this quotation from above: "{}"',
+)
+CLOZE = (
+    'What belongs in the gap? "{}"',
+    'Fill in the blank, using the text above: "{}"',
+    '"{}" Which word or number is missing? Answer with it alone.',
+    'Going by the text above, complete: "{}"',
+)
+GAP = "____"
+CONTINUATION_TOKENS = 96
+"""Labelled tokens of a continuation."""
+REPLY_TOKENS = 128
+"""A longer reply is cut."""
+QUESTIONS = 4
+"""Questions about one memory, one turn each, where the text has so many sentences to ask about."""
+RECENT_TURNS = 8
+"""Most turns of a conversation that stay text in front of a reply."""
+ATTEMPTS = 8
+"""Places tried for a task before another document is drawn."""
+
+_SENTENCE = regex.compile(r"[^\n.!?]{60,240}[.!?\n]")
+_FACT = regex.compile(r"(?<=[a-z,;] )(?:\p{Lu}\p{Ll}{2,}(?: \p{Lu}\p{Ll}+)*|\d[\d,.]*\d)(?![\w-])")
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One sample, its memory still as units of the bank. T positions."""
+
+    task: str
+    input_ids_T: np.ndarray
+    """int64, placeholders in the places of the memory."""
+    labelled_T: np.ndarray
+    """bool: positions whose token is a label."""
+    units: list[int]
+    """The bank's units of its memory, in order."""
+    teacher_ids_T: np.ndarray | None = None
+    """The same prompt with the text in place of the memory, where the task is distilled."""
+    teacher_labelled_T: np.ndarray | None = None
+    document: int = 0
+    slots: tuple[int, int] | None = None
+    """First and number of the memory tokens that are used of its one unit; None: all."""
+
+
+class Frame:
+    """What a chat template writes around the memory, the questions and the answers.
+
+    Args:
+        bare: an empty system text in place of the template's own, as for a conversation with another one.
+
+    Raises:
+        ConfigError: the template does more to a conversation than to join such pieces.
+    """
+
+    def __init__(self, chat_format: ChatFormat, *, bare: bool = False) -> None:
+        self.chat_format = chat_format
+        system = [Message("system", "")] if bare else []
+        ask, answer = "PROBE-ask-TEXT", "PROBE-answer-TEXT"
+        two = [Message("user", ask), Message("assistant", answer)] * 2
+        whole = chat_format.text([*system, *two], add_generation_prompt=False, num_placeholders=1)
+        head, _, rest = whole.partition(chat_format.memory_token)
+        opening, _, rest = rest.partition(ask)
+        between, _, rest = rest.partition(answer)
+        turn, _, rest = rest.partition(ask)
+        ending = rest.partition(answer)[2]
+        prompt = chat_format.text([*system, two[0]], add_generation_prompt=True, num_placeholders=1)
+        if prompt != head + chat_format.memory_token + opening + ask + between or not turn.startswith(ending):
+            raise ConfigError(
+                "the LLM's chat template changes earlier turns when later ones come, so training samples cannot be "
+                "joined from pieces. Set tokenizer.chat_template to a plain one, such as ChatML."
+            )
+        self.head = self.ids(head)
+        self.opening, self.between = opening, between
+        end_ids = self.ids(ending)
+        kept = len(end_ids) - chat_format.num_reply_tail
+        self.end, self.end_tail = end_ids[:kept], end_ids[kept:]
+        self.next_turn = turn[len(ending) :]
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a piece."""
+        return self.chat_format.ids(text)
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the run
+    def question(self, text: str, *, first: bool) -> tuple[int, ...]:
+        """From the end of the memory, or of an answer, to the start of the next answer."""
+        cleaned = self.chat_format.clean(text)
+        return tuple(self.ids((self.opening if first else self.next_turn) + cleaned + self.between))
+
+
+class TaskSampler:
+    """Draws samples from a bank.
+
+    Args:
+        bank: the corpus.
+        frame: the LLM's chat template.
+        memory_token_id: the placeholder's id.
+    """
+
+    def __init__(self, bank: Bank, frame: Frame, *, memory_token_id: int) -> None:
+        self.bank, self.frame, self.memory_token_id = bank, frame, memory_token_id
+        self.bare_head = Frame(frame.chat_format, bare=True).head
+        shuffled = np.array([document.shuffled for document in bank.documents])
+        is_conversation = np.array([bool(document.turns) for document in bank.documents])
+        clean = np.array(
+            [
+                not (bank.token_ids_T[bank.first_token_K[k] : bank.first_token_K[k + 1]] == memory_token_id).any()
+                for k in range(len(bank.documents))
+            ]
+        )
+        weights = bank.num_units_K * clean
+        self._pools = {
+            "all": _cumulated(weights),
+            "ordered": _cumulated(weights * ~shuffled),
+            "prose": _cumulated(weights * ~is_conversation * ~shuffled),
+        }
+        self._cuts = [(k, cut) for (k, cut) in bank.tails if clean[k] and self._replies(k, cut)]
+        self._draw: dict[str, Callable[[np.random.Generator, Stage], Sample | None]] = {
+            "reconstruction": self._reconstruction,
+            "continuation": self._continuation,
+            "recall": self._recall,
+            "cloze": self._cloze,
+            "reply": self._reply,
+        }
+        if self._pools["all"] is None:
+            raise DataError("the corpora hold no text. Give files with documents or conversations.")
+
+    def sample(self, rng: np.random.Generator, stage: Stage) -> Sample:
+        """One sample of a stage.
+
+        Raises:
+            DataError: none of the stage's tasks can be drawn from the corpora.
+        """
+        names, shares = share_of(stage.tasks)
+        for _ in range(1000):
+            task = names[int(rng.choice(len(names), p=shares))]
+            sample = self._draw[task](rng, stage)
+            if sample is not None:
+                return sample
+        raise DataError(
+            f"the corpora have no text for the tasks {', '.join(names)} with histories of {stage.min_units} to "
+            f"{stage.max_units} units: `reply` needs conversations, the others documents that long. Change the tasks "
+            "or the corpora."
+        )
+
+    def run(self, rng: np.random.Generator, stage: Stage, *, pool: str = "all") -> tuple[int, int, int] | None:
+        """A document and a run of its units: (document, first, one past the last).
+
+        Args:
+            pool: `all` documents, those `ordered` (not shuffled), or `prose`.
+        """
+        cumulated = self._pools[pool]
+        if cumulated is None:
+            return None
+        document = int(np.searchsorted(cumulated, rng.integers(cumulated[-1]), side="right"))
+        length = _log_uniform(rng, stage.min_units, stage.max_units)
+        count = int(self.bank.num_units_K[document])
+        if count < min(length, stage.min_units):
+            return None
+        length = min(length, count)
+        first = int(rng.integers(count - length + 1))
+        return document, first, first + length
+
+    def _reconstruction(self, rng: np.random.Generator, stage: Stage) -> Sample | None:
+        run = self.run(rng, stage)
+        if run is None:
+            return None
+        document, first, stop = run
+        question = REPEAT[int(rng.integers(len(REPEAT)))]
+        bare = bool(rng.integers(2))
+        if stage.max_memory_tokens is not None:
+            return self._few_tokens(rng, document, first, stage.max_memory_tokens, question)
+        return self.reconstruction(document, first, stop, question=question, bare=bare)
+
+    def _few_tokens(
+        self, rng: np.random.Generator, document: int, first: int, most: int, question: str
+    ) -> Sample | None:
+        """Repeat the text tokens that lie whole under a few memory tokens of one unit."""
+        bank = self.bank
+        unit = int(bank.first_unit_K[document]) + first
+        count = int(bank.unit_tokens_U[unit])
+        number = min(count, _log_uniform(rng, 1, most))
+        slot = int(rng.integers(count - number + 1))
+        chars = bank.slot_chars_UV[unit]
+        start = int(chars[slot])
+        end = int(chars[slot + number]) if slot + number < count else int(bank.unit_end_U[unit])
+        begin, stop = bank.token_range(document, start, end)
+        if stop < bank.first_token_K[document + 1] and stop > begin:
+            text = bank.documents[document].text
+            if not text[int(bank.token_starts_T[stop]) - 1].isspace() and bank.token_starts_T[stop] > end:
+                stop -= 1  # the last token goes on beyond the pixels
+        if stop <= begin:
+            return None
+        end = int(bank.token_starts_T[stop]) if stop < bank.first_token_K[document + 1] else end
+        ids = self._text_ids(document, int(bank.token_starts_T[begin]), end)
+        sample = self._build("reconstruction", document, [unit], (start, end), [(question, ids)], bare=True,
+                             slots=(slot, number))  # fmt: skip
+        return sample if ids else None
+
+    def reconstruction(self, document: int, first: int, stop: int, *, question: str, bare: bool = False) -> Sample:
+        """Repeat the units [first, stop) of a document."""
+        start, end = self._characters(document, first, stop)
+        return self._build(
+            "reconstruction",
+            document,
+            self._units(document, first, stop),
+            (start, end),
+            [(question, self._text_ids(document, start, end))],
+            bare=bare,
+        )
+
+    def _continuation(self, rng: np.random.Generator, stage: Stage) -> Sample | None:
+        run = self.run(rng, stage, pool="prose")
+        if run is None:
+            return None
+        document, first, stop = run
+        start, end = self._characters(document, first, stop)
+        first_token, last_token = self.bank.token_range(document, end, len(self.bank.documents[document].text))
+        if last_token - first_token < CONTINUATION_TOKENS // 4:
+            return None
+        cut = last_token - first_token > CONTINUATION_TOKENS
+        limit = int(self.bank.token_starts_T[first_token + CONTINUATION_TOKENS]) if cut else 1 << 40
+        return self._build(
+            "continuation",
+            document,
+            self._units(document, first, stop),
+            (start, end),
+            [(CONTINUE[int(rng.integers(len(CONTINUE)))], self._text_ids(document, end, limit))],
+            ends=not cut,
+            distil=True,
+        )
+
+    def _recall(self, rng: np.random.Generator, stage: Stage) -> Sample | None:
+        def ask(text: str, start: int, end: int) -> tuple[str, str] | None:
+            words = [match.end() for match in regex.finditer(r"\S+(?= )", text[start:end])]
+            middle = [word for word in words if 0.35 * (end - start) < word < 0.65 * (end - start)]
+            if not middle:
+                return None
+            cut = start + middle[int(rng.integers(len(middle)))]
+            cue = text[start:cut].strip()
+            return RECALL[int(rng.integers(len(RECALL)))].format(cue), text[cut:end].strip()
+
+        return self._questions("recall", rng, stage, ask)
+
+    def _cloze(self, rng: np.random.Generator, stage: Stage) -> Sample | None:
+        def ask(text: str, start: int, end: int) -> tuple[str, str] | None:
+            facts = list(_FACT.finditer(text, start, end))
+            if not facts:
+                return None
+            fact = facts[int(rng.integers(len(facts)))]
+            sentence = text[start : fact.start()] + GAP + text[fact.end() : end]
+            return CLOZE[int(rng.integers(len(CLOZE)))].format(sentence.strip()), fact.group()
+
+        return self._questions("cloze", rng, stage, ask)
+
+    def _questions(
+        self,
+        task: str,
+        rng: np.random.Generator,
+        stage: Stage,
+        ask: Callable[[str, int, int], tuple[str, str] | None],
+    ) -> Sample | None:
+        for _ in range(ATTEMPTS):
+            run = self.run(rng, stage, pool="ordered")
+            if run is None:
+                continue
+            document, first, stop = run
+            start, end = self._characters(document, first, stop)
+            text = self.bank.documents[document].text
+            sentences = [match.span() for match in _SENTENCE.finditer(text, start, end)]
+            order = rng.permutation(len(sentences))[: QUESTIONS * 2]
+            turns = [asked for i in order if (asked := ask(text, *sentences[i])) and asked[1]][:QUESTIONS]
+            if turns:
+                answers = [
+                    (question, self.frame.ids(self.frame.chat_format.clean(answer))) for question, answer in turns
+                ]
+                return self._build(
+                    task, document, self._units(document, first, stop), (start, end), answers, distil=True
+                )
+        return None
+
+    def _replies(self, document: int, cut: int) -> list[int]:
+        """Turns of the assistant, up to `RECENT_TURNS` after the cut, that have a user turn between."""
+        turns = self.bank.documents[document].turns
+        after = next((i for i, turn in enumerate(turns) if turn[1] >= cut), len(turns))
+        return [
+            i
+            for i in range(after + 1, min(after + RECENT_TURNS, len(turns)))
+            if turns[i][0] == "assistant" and turns[i - 1][0] == "user" and turns[i][2] > turns[i][1]
+        ]
+
+    def _reply(self, rng: np.random.Generator, stage: Stage) -> Sample | None:
+        if not self._cuts:
+            return None
+        document, cut = self._cuts[int(rng.integers(len(self._cuts)))]
+        before, tail = self.bank.tails[document, cut]
+        first = max(0, before - _log_uniform(rng, stage.min_units, stage.max_units))
+        units = self._units(document, first, before) + ([tail] if tail >= 0 else [])
+        if not units:
+            return None
+        replies = self._replies(document, cut)
+        reply = replies[int(rng.integers(len(replies)))]
+        source = self.bank.documents[document]
+        recent = [
+            Message("user" if role == "user" else "assistant", source.text[start:end])
+            for role, start, end in source.turns
+            if start >= cut
+        ]
+        count = reply - (len(source.turns) - len(recent))
+        chat_format = self.frame.chat_format
+        prompt = chat_format.text(recent[:count], add_generation_prompt=True, num_placeholders=1)
+        after = prompt.partition(chat_format.memory_token)[2]
+        answer = self.frame.ids(chat_format.clean(recent[count].content))
+        start = int(self.bank.unit_start_U[units[0]])
+        return self._build(
+            "reply",
+            document,
+            units,
+            (start, cut),
+            [(None, answer[:REPLY_TOKENS])],
+            after=self.frame.ids(after),
+            ends=len(answer) <= REPLY_TOKENS,
+            distil=True,
+        )
+
+    def _build(
+        self,
+        task: str,
+        document: int,
+        units: list[int],
+        characters: tuple[int, int],
+        turns: Sequence[tuple[str | None, Sequence[int]]],
+        *,
+        after: Sequence[int] = (),
+        ends: bool = True,
+        distil: bool = False,
+        bare: bool = False,
+        slots: tuple[int, int] | None = None,
+    ) -> Sample:
+        """Join the pieces; `after` stands for the questions where the turns have none."""
+        body: list[int] = []
+        labelled: list[bool] = []
+        for number, (question, answer) in enumerate(turns):
+            asked = after if question is None else self.frame.question(question, first=number == 0)
+            closing = list(self.frame.end) if ends else []
+            body += [*asked, *answer, *closing]
+            labelled += [False] * len(asked) + [True] * (len(answer) + len(closing))
+            if number + 1 < len(turns):
+                body += self.frame.end_tail
+                labelled += [False] * len(self.frame.end_tail)
+        head = self.bare_head if bare else self.frame.head
+        count = int(self.bank.unit_tokens_U[units].sum()) if slots is None else slots[1]
+        memory = [self.memory_token_id] * count
+        teacher = self._text_ids(document, *characters) if distil else []
+
+        def join(middle: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+            ids = np.array([*head, *middle, *body], dtype=np.int64)
+            return ids, np.array([False] * (len(head) + len(middle)) + labelled)
+
+        ids_T, labelled_T = join(memory)
+        teacher_T, teacher_labelled_T = join(teacher) if distil else (None, None)
+        return Sample(task, ids_T, labelled_T, units, teacher_T, teacher_labelled_T, document, slots)
+
+    def _units(self, document: int, first: int, stop: int) -> list[int]:
+        begin = int(self.bank.first_unit_K[document])
+        return list(range(begin + first, begin + stop))
+
+    def _characters(self, document: int, first: int, stop: int) -> tuple[int, int]:
+        begin = int(self.bank.first_unit_K[document])
+        return int(self.bank.unit_start_U[begin + first]), int(self.bank.unit_end_U[begin + stop - 1])
+
+    def _text_ids(self, document: int, start: int, end: int) -> list[int]:
+        """Token ids of the characters [start, end), white space at both ends left out.
+
+        They are a slice of the document's own ids, but for the first token, which in the document has the space
+        before it.
+        """
+        text = self.bank.documents[document].text
+        end = min(end, len(text))
+        while start < end and text[start].isspace():
+            start += 1
+        while end > start and text[end - 1].isspace():
+            end -= 1
+        first, last = self.bank.token_range(document, start, end)
+        if first == last:
+            return []
+        stop = int(self.bank.token_starts_T[first + 1]) if first + 1 < last else end
+        return [*self._piece(text[start:stop].rstrip()), *self.bank.token_ids_T[first + 1 : last].tolist()]
+
+    @functools.lru_cache(maxsize=65536)  # noqa: B019 - lives as long as the run
+    def _piece(self, text: str) -> tuple[int, ...]:
+        return tuple(self.frame.ids(text))
+
+
+def _cumulated(weights: np.ndarray) -> np.ndarray | None:
+    cumulated = np.cumsum(weights)
+    return cumulated if len(cumulated) and cumulated[-1] > 0 else None
+
+
+def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
+    return min(high, int(np.exp(rng.uniform(np.log(low), np.log(high + 1)))))
