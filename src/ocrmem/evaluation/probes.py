@@ -11,7 +11,8 @@ wording, unlike in training, so that results stay comparable.
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,13 +23,13 @@ import numpy as np
 import regex
 
 from ocrmem.data.documents import Document, document_hash
-from ocrmem.errors import ConfigError, DataError
+from ocrmem.errors import DataError
 from ocrmem.memory.history import history_text, turn_text
 from ocrmem.types import Conversation, Message
 
 Task = Literal["reading", "cued-recall", "cloze", "next-turn"]
 Source = Literal["prose", "conversations"]
-D = TypeVar("D", Document, Conversation)
+D = TypeVar("D", bound=Document | Conversation)
 
 READING = "Repeat the text above word for word."
 """The question of a reading probe."""
@@ -49,10 +50,8 @@ LEADS_TRIED = 64
 
 _SENTENCE_END = regex.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|\n|$")
 _ABBREVIATION = regex.compile(
-    r"(?:\b(?:\p{L}|Mr|Mrs|Ms|Dr|St|Mt|Jr|Sr|Prof|Gen|Col|Capt|Rev|Gov|Sen|vs|etc|No|vol|ed|ca|cf|e\.g|i\.e))\.$"
+    r"(?:\b(?:\p{L}|Mr|Mrs|Ms|Dr|St|Mt|Jr|Sr|Prof|Gen|Col|Capt|Rev|Gov|Sen|vs|etc|No|vol|ed|ca|cf|e\.g|i\.e))\.\Z"
 )
-_LAST_WORD = 8
-"""Characters before a full stop that can hold an abbreviation."""
 _NAME = r"\p{Lu}[\p{L}\p{M}'’-]{2,}(?: \p{Lu}[\p{L}\p{M}'’-]+)*"
 _NUMBER = r"\d[\d,.]*\d"
 _FACT = regex.compile(rf"(?:(?<=[\p{{Ll}},;] ){_NAME}|(?<=[ (]){_NUMBER})(?![\w–-]|[.,]\d)")
@@ -70,8 +69,8 @@ class Probe:
     """The text that is compressed."""
     turns: tuple[Message, ...]
     """Turns that stay text after the history; the last is the user's."""
-    prefix: str
-    """Start of the assistant's reply that is given; empty where nothing is."""
+    prefix: str = ""
+    """Start of the assistant's reply that is given."""
     target: str
     """The rest of the reply, which is scored."""
     query: str
@@ -93,9 +92,7 @@ class _Text:
     """Half-open ranges of whole sentences; none reaches over a line break or from one turn into the next."""
 
 
-def reading_probes(
-    documents: Sequence[Document] | Sequence[Conversation], *, num_chars: int, n: int, seed: int
-) -> list[Probe]:
+def reading_probes(documents: Sequence[D], *, num_chars: int, n: int, seed: int) -> list[Probe]:
     """Repeat the history word for word.
 
     Histories are pieces of one document, of 0.9 to 1 times `num_chars` characters, from the start of a sentence or
@@ -105,25 +102,22 @@ def reading_probes(
         documents: all prose or all conversations; a conversation is read as `history_text` draws it.
         n: probes at most. A document gives its next one when every other has given as many, or has no more.
     """
-    _check_sizes(num_chars=num_chars)
 
-    def make(document: Document | Conversation, rng: np.random.Generator) -> Iterator[Probe]:
+    def make(document: D, rng: np.random.Generator) -> Iterator[Probe]:
         text = _as_text(document)
         taken: list[tuple[int, int]] = []
         for start in rng.permutation(text.starts).tolist():
-            end = _piece_end(text.text, start, num_chars)
+            end = _piece_end(text.text, start, num_chars, math.ceil(MIN_FILL * num_chars))
             if end is None or any(start < other_end and other < end for other, other_end in taken):
                 continue
             taken.append((start, end))
-            history = text.text[start:end]
             yield Probe(
                 task="reading",
                 source=text.source,
                 id=f"{text.id}#{len(taken) - 1}",
-                history=history,
+                history=text.text[start:end],
                 turns=(Message("user", READING),),
-                prefix="",
-                target=history.strip(),
+                target=text.text[start:end],
                 query=READING,
                 document_hashes=(_hash(document),),
             )
@@ -132,12 +126,7 @@ def reading_probes(
 
 
 def cued_recall_probes(
-    documents: Sequence[Document] | Sequence[Conversation],
-    *,
-    history_chars: int,
-    n: int,
-    seed: int,
-    min_history_chars: int = 512,
+    documents: Sequence[D], *, history_chars: int, n: int, seed: int, min_history_chars: int = 512
 ) -> list[Probe]:
     """Give the second half of a sentence in the history; the question quotes its first half.
 
@@ -146,42 +135,37 @@ def cued_recall_probes(
 
     Args:
         documents: all prose or all conversations.
-        history_chars: characters of a history at most; a longer document gives pieces of 0.9 times that or more.
-        min_history_chars: documents shorter than this, and than 0.9 times `history_chars`, give no probes.
+        history_chars: characters of a history at most; a shorter document is one whole.
+        min_history_chars: characters of a history at least, where that is under 0.9 times `history_chars`.
     """
-    _check_sizes(history_chars=history_chars, min_history_chars=min_history_chars)
-    shortest = min(min_history_chars, round(MIN_FILL * history_chars))
+    shortest = min(min_history_chars, math.ceil(MIN_FILL * history_chars))
 
-    def make(document: Document | Conversation, rng: np.random.Generator) -> Iterator[Probe]:
+    def make(document: D, rng: np.random.Generator) -> Iterator[Probe]:
         text = _as_text(document)
-        if len(text.text.strip()) <= history_chars:
-            pieces = [(text.starts[0], len(text.text.rstrip()))] if text.starts else []
-        else:
-            ends = [_piece_end(text.text, start, history_chars) for start in text.starts]
-            pieces = [(start, end) for start, end in zip(text.starts, ends, strict=True) if end is not None]
-        pieces = [(start, end) for start, end in pieces if end - start >= shortest]
+        starts = text.starts if len(text.text) > history_chars else text.starts[:1]
+        ends = [_piece_end(text.text, start, history_chars, shortest) for start in starts]
+        pieces = [(start, end) for start, end in zip(starts, ends, strict=True) if end is not None]
         asked: set[tuple[int, int]] = set()
         tries = 0
         while pieces and tries < PIECES_TRIED:
+            tries += 1
             start, end = pieces[int(rng.integers(len(pieces)))]
-            found = _cue(text, start, end, rng, asked)
-            if found is None:
-                tries += 1
+            if (found := _cue(text, start, end, rng, asked)) is None:
                 continue
-            sentence, middle = found
-            cue = text.text[sentence[0] : middle].rstrip()
+            (first, last), middle = found
+            cue = text.text[first:middle].rstrip()
+            place = "text" if text.source == "prose" else "conversation"
             yield Probe(
                 task="cued-recall",
                 source=text.source,
                 id=f"{text.id}#{len(asked)}",
                 history=text.text[start:end],
-                turns=(Message("user", CUED_RECALL.format(place=PLACE[text.source], cue=cue)),),
-                prefix="",
-                target=text.text[middle : sentence[1]],
+                turns=(Message("user", CUED_RECALL.format(place=place, cue=cue)),),
+                target=text.text[middle:last],
                 query=cue,
                 document_hashes=(_hash(document),),
             )
-            asked.add(sentence)
+            asked.add((first, last))
             tries = 0
 
     return _spread(documents, make, n=n, seed=seed)
@@ -192,13 +176,13 @@ def _cue(
 ) -> tuple[tuple[int, int], int] | None:
     """A sentence within [start, end) that was not asked about, and where its second half begins."""
     history = text.text[start:end]
-    found = []
-    for sentence in text.sentences:
-        if sentence[0] < start or sentence[1] > end or sentence in asked:
-            continue
-        middle = _middle(text.text, *sentence)
-        if middle is not None and history.count(text.text[sentence[0] : middle].rstrip()) == 1:
-            found.append((sentence, middle))
+    found = [
+        (sentence, middle)
+        for sentence in text.sentences
+        if start <= sentence[0] and sentence[1] <= end and sentence not in asked
+        if (middle := _middle(text.text, *sentence)) is not None
+        if history.count(text.text[sentence[0] : middle].rstrip()) == 1
+    ]
     place = rng.uniform(start, end)
     return min(found, key=lambda item: abs(sum(item[0]) / 2 - place)) if found else None
 
@@ -221,7 +205,6 @@ def cloze_probes(leads: Sequence[Document], *, history_chars: int, n: int, seed:
     neither begins the sentence nor has a word of the title; it occurs once in the whole history, upper and lower case
     taken as the same.
     """
-    _check_sizes(history_chars=history_chars)
     leads = [lead for lead in leads if lead.title.strip() and lead.text.strip()]
 
     def make(lead: Document, rng: np.random.Generator) -> Iterator[Probe]:
@@ -241,7 +224,6 @@ def cloze_probes(leads: Sequence[Document], *, history_chars: int, n: int, seed:
                 id=f"{lead.id}#{number}",
                 history=history,
                 turns=(Message("user", CLOZE.format(title=lead.title.strip(), sentence=sentence)),),
-                prefix="",
                 target=fact,
                 query=sentence,
                 document_hashes=tuple(map(_hash, chosen)),
@@ -259,7 +241,7 @@ def _facts(lead: Document) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         for sentence in _sentences(lead.text, 0, len(lead.text))
         if SENTENCE_CHARS[0] <= sentence[1] - sentence[0] <= SENTENCE_CHARS[1]
         for match in _FACT.finditer(lead.text, *sentence)
-        if match.start() > sentence[0] and title.isdisjoint(regex.findall(r"\w+", match.group().lower()))
+        if title.isdisjoint(regex.findall(r"\w+", match.group().lower()))
     ]
 
 
@@ -279,14 +261,9 @@ def _companions(lead: Document, leads: Sequence[Document], max_chars: int, rng: 
 
 
 def next_turn_probes(
-    conversations: Sequence[Conversation],
-    *,
-    n: int,
-    seed: int,
-    max_history_chars: int,
-    min_history_chars: int,
+    conversations: Sequence[Conversation], *, n: int, seed: int, max_history_chars: int, min_history_chars: int,
     recent_turns: int = 8,
-) -> list[Probe]:
+) -> list[Probe]:  # fmt: skip
     """Say the assistant's next turn.
 
     The turns before the last `recent_turns` are the history, its oldest turns left out beyond `max_history_chars`.
@@ -296,7 +273,6 @@ def next_turn_probes(
         min_history_chars: turns with less history are not asked for.
         recent_turns: turns that stay text; the last is the user's.
     """
-    _check_sizes(max_history_chars=max_history_chars, min_history_chars=min_history_chars, recent_turns=recent_turns)
 
     def make(conversation: Conversation, rng: np.random.Generator) -> Iterator[Probe]:
         messages = conversation.messages
@@ -309,7 +285,7 @@ def next_turn_probes(
             sizes = accumulate(len(turn_text(message)) for message in reversed(messages[first:recent]))
             kept = sum(size <= max_history_chars for size in sizes)
             history = history_text(messages[recent - kept : recent])
-            if len(history) < min_history_chars:
+            if len(history) < max(1, min_history_chars):
                 continue
             yield Probe(
                 task="next-turn",
@@ -317,7 +293,6 @@ def next_turn_probes(
                 id=f"{_conversation_id(conversation)}#{number}",
                 history=history,
                 turns=messages[recent:index],
-                prefix="",
                 target=reply.content,
                 query=question.content,
                 document_hashes=(_hash(conversation),),
@@ -331,12 +306,14 @@ def check_not_trained(probes: Sequence[Probe], trained: Collection[str]) -> None
     """Refuse probes made of documents that an adapter was trained on.
 
     Args:
-        trained: `document_hash` of every training document, from the adapter's training manifest.
+        trained: `document_hash` of every training document, or its first digits, from the adapter's training manifest.
 
     Raises:
         DataError: one of the documents is among them.
     """
-    trained = frozenset(trained)
+    lengths = {len(digest) for digest in trained}
+    short = frozenset(trained)
+    trained = {digest for probe in probes for digest in probe.document_hashes for n in lengths if digest[:n] in short}
     documents = {digest: probe.id.rpartition("#")[0] for probe in reversed(probes) for digest in probe.document_hashes}
     seen = [digest for digest in documents if digest in trained]
     if not seen:
@@ -393,9 +370,9 @@ def _sentences(text: str, start: int, end: int) -> list[tuple[int, int]]:
     return found
 
 
-def _piece_end(text: str, start: int, num_chars: int) -> int | None:
-    """Where a piece from `start` ends: the last word boundary that keeps it in length; None where there is none."""
-    for end in range(min(start + num_chars, len(text)), start + math.ceil(MIN_FILL * num_chars) - 1, -1):
+def _piece_end(text: str, start: int, longest: int, shortest: int) -> int | None:
+    """The last word boundary that ends a piece from `start` in length; None where there is none."""
+    for end in range(min(start + longest, len(text)), start + shortest - 1, -1):
         if not text[end - 1].isspace() and (end == len(text) or text[end].isspace()):
             return end
     return None
@@ -409,11 +386,16 @@ def _spread(
     Every document has random numbers of its own, so that its probes do not change with the documents beside it.
     """
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()
-    waiting = [
-        make(documents[index], np.random.default_rng([seed, int(_hash(documents[index])[:16], 16)])) for index in order
-    ]
+    shuffled = [documents[index] for index in order]
+    waiting = deque(make(document, np.random.default_rng([seed, int(_hash(document), 16)])) for document in shuffled)
     probes: list[Probe] = []
     while waiting and len(probes) < n:
-        one_each = [(maker, probe) for maker in waiting if (probe := next(maker, None)) is not None]
-        ...
+        maker = waiting.popleft()
+        probe = next(maker, None)
+        if probe is not None:
+            probes.append(probe)
+            waiting.append(maker)
+    twice = [name for name, count in Counter(probe.id for probe in probes).items() if count > 1]
+    if twice:
+        raise DataError(f"several documents have the same id, such as {twice[0]!r}. Give each an id of its own.")
     return probes

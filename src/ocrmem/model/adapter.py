@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
+MANIFEST_NAME = "training_manifest.json"
 
 ModelT = TypeVar("ModelT", bound="MEMModel")
 
@@ -41,8 +42,14 @@ def save(
     *,
     state_dict: dict[str, torch.Tensor] | None = None,
     model_card: str | None = None,
+    manifest: dict[str, Any] | None = None,
+    matrix_dtype: torch.dtype | None = None,
 ) -> None:
     """Write an adapter folder; what stood there before stays whole until everything is written.
+
+    Args:
+        manifest: what it was trained on, written beside it (`read_manifest`).
+        matrix_dtype: round weight matrices to this type, to half the size; None: float32.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written. Nothing there has changed.
@@ -52,11 +59,15 @@ def save(
     else:
         weights = {key.removeprefix("proj."): value for key, value in state_dict.items() if key.startswith("proj.")}
     weights = {key: _full(value).detach().cpu().contiguous() for key, value in weights.items()}
+    if matrix_dtype is not None:
+        weights = {key: value.to(matrix_dtype) if value.ndim == 2 else value for key, value in weights.items()}
     model.config.ocrmem_version = __version__
     writers = {
         CONFIG_NAME: lambda path: path.write_text(model.config.to_json_string(), encoding="utf-8"),
         WEIGHTS_NAME: lambda path: save_file(weights, path, metadata={"format": "pt"}),
     }
+    if manifest is not None:
+        writers[MANIFEST_NAME] = lambda path: path.write_text(json.dumps(manifest) + "\n", encoding="utf-8")
     if model_card is not None or not (folder / CARD_NAME).exists():
         card = model_card or default_card(model.config)
         writers[CARD_NAME] = lambda path: path.write_text(card, encoding="utf-8")
@@ -123,7 +134,8 @@ def load(
 
 
 def load_projection(model: MEMModel, folder: Path) -> None:
-    """Load `adapter.safetensors` into `model.proj`, strictly: same names, shapes and types.
+    """Load `adapter.safetensors` into `model.proj`, strictly: same names, shapes and types, but that matrices may be
+    stored in bfloat16.
 
     Raises:
         CheckpointError: the file is missing or truncated, or a tensor is missing, unexpected, reshaped or recast.
@@ -138,6 +150,7 @@ def load_projection(model: MEMModel, folder: Path) -> None:
             f"{str(path)!r} is truncated or no safetensors file ({error}). Copy it again from where it was made, or "
             "go back to an earlier checkpoint of the run."
         ) from error
+    found = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in found.items()}
     wanted = model.proj.state_dict()
     wrong = [f"missing {key}" for key in wanted.keys() - found.keys()]
     wrong += [f"unexpected {key}" for key in found.keys() - wanted.keys()]
@@ -152,6 +165,25 @@ def load_projection(model: MEMModel, folder: Path) -> None:
             "beside it must come from the same run; build the model with the adapter's own config."
         )
     model.proj.load_state_dict(found)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What an adapter was trained on: `documents`, the first 16 hex digits of each document's hash, and `steps`.
+
+    Empty where the folder has no manifest.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        documents, steps = values["documents"], values["steps"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is no training manifest ({type(error).__name__}: {error}). Without it nobody can tell what "
+            "was held out; copy the adapter again from where it was made."
+        ) from error
+    return {**values, "documents": list(documents), "steps": int(steps)}
 
 
 def _form(tensor: torch.Tensor) -> str:

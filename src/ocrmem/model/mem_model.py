@@ -369,6 +369,8 @@ class MEMModel(PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         model_card: str | None = None,
+        manifest: dict[str, Any] | None = None,
+        matrix_dtype: torch.dtype | None = None,
         **_: Any,
     ) -> None:
         """Write the adapter folder, and nothing else: see `model.adapter.save`.
@@ -376,9 +378,18 @@ class MEMModel(PreTrainedModel):
         Args:
             state_dict: the whole model's state where it was gathered from several processes; None: its own.
             model_card: text of `README.md`; None: a card without measured figures.
+            manifest: what the adapter was trained on; None: none is written.
+            matrix_dtype: round weight matrices to this type; None: float32.
         """
         if is_main_process:
-            adapter.save(self, Path(save_directory), state_dict=state_dict, model_card=model_card)
+            adapter.save(
+                self,
+                Path(save_directory),
+                state_dict=state_dict,
+                model_card=model_card,
+                manifest=manifest,
+                matrix_dtype=matrix_dtype,
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:

@@ -50,7 +50,7 @@ def packed_attention(
     Returns:
         [1, S, heads, width], and None for the attention weights.
     """
-    if cu_seq_lens_q is None or not query.is_cuda or varlen_attn is None:
+    if cu_seq_lens_q is None or max_length_q is None or not query.is_cuda or varlen_attn is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -67,7 +67,7 @@ def packed_attention(
         options["is_causal"] = True
     if scaling is not None and "scale" in _PARAMETERS:
         options["scale"] = scaling
-    out_SHW = varlen_attn(
+    out_SHW: Any = varlen_attn(
         query_SHW, key_SHW, value_SHW, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options
     )
     return out_SHW[None], None

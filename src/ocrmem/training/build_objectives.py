@@ -48,7 +48,7 @@ def build_objective_trainer(
     set_seed(arguments.seed)
     rival = None if settings.features == "ocr" else settings.features
     model, processor = build_model(config, rival=rival)
-    model.to(arguments.device)
+    model.to(arguments.device)  # pyright: ignore[reportArgumentType] - a device, whatever the decorator says
     frame = Frame(processor.chat_format)
     train_bank = _bank(config, settings, settings.corpora, settings.max_chars, model, processor, arguments)
     rows = PackedRows(

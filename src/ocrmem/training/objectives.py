@@ -51,21 +51,14 @@ class FeatureSource:
     def __init__(
         self, bank: Bank, kind: Features, *, embedding: torch.nn.Module, device: torch.device, on_device: bool = False
     ) -> None:
-        self.kind, self.embedding, self.device = kind, embedding, device
+        self.kind: Features = kind
+        self.embedding, self.device = embedding, device
         self.features_UVE = bank.features_UVE
         if kind == "ocr" and on_device:
             self.features_UVE = bank.features_UVE.to(device)
 
     def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
-        """features_PVE of a row; the row's `units` or `slots` say which, and `first_slots` where each page begins."""
-        features_PVE = self._whole(batch)
-        if "first_slots" not in batch:
-            return features_PVE
-        index_PV = batch["first_slots"][:, None] + torch.arange(features_PVE.shape[1], device=features_PVE.device)
-        index_PV = index_PV.clamp(max=features_PVE.shape[1] - 1)
-        return features_PVE.gather(1, index_PV[..., None].expand_as(features_PVE))
-
-    def _whole(self, batch: dict[str, Any]) -> torch.Tensor:
+        """features_PVE of a row; the row's `units` or `slots` say which."""
         if self.kind != "ocr":
             return text_features(batch["slots"], self.embedding, self.kind)
         units_PU = batch["units"].to(self.features_UVE.device)

@@ -109,21 +109,19 @@ def pack(
 
     Returns:
         `input_ids`, `labels`, `position_ids` int64 [1, length]; `cu_seq_lens_q` int32; `max_length_q`;
-        `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has none; for a
-        rival, and where asked for, `slots` int32 [P, V, tokens] of token ids, -1 where there is none; `task_of_label` int64 [N], the index
-        in `TASKS`; and where samples are distilled `teacher_…` of the same kind, with `distilled` bool [N].
+        `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has
+        none; for a rival, and where asked for, `slots` int32 [P, V, tokens] of token ids, -1 where there is none;
+        `task_of_label` int64 [N], the index in `TASKS`; and where samples are distilled `teacher_…` of the same kind,
+        with `distilled` bool [N].
     """
     row = _row([(sample.input_ids_T, sample.labelled_T) for sample in samples], length, pad_token_id)
     units: list[list[int]] = []
     tokens: list[int] = []
-    first_slots: list[int] = []
     for sample in samples:
         for begin in range(0, len(sample.units), bank.units_per_page):
             page = sample.units[begin : begin + bank.units_per_page]
             units.append(page)
-            first, count = sample.slots or (0, int(bank.unit_tokens_U[page].sum()))
-            tokens.append(count)
-            first_slots.append(first)
+            tokens.append(int(bank.unit_tokens_U[page].sum()))
     batch: dict[str, Any] = {
         **row,
         "page_num_tokens": torch.tensor(tokens),
@@ -135,8 +133,6 @@ def pack(
     width = max(map(len, units))
     units_PU = np.array([page + [-1] * (width - len(page)) for page in units], dtype=np.int64)
     batch["units"] = torch.from_numpy(units_PU)
-    if any(first_slots):
-        batch["first_slots"] = torch.tensor(first_slots)
     if slots or features != "ocr":
         batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=features != "ocr"))
     distilled = [s for s in samples if s.teacher_ids_T is not None]
@@ -192,7 +188,7 @@ def token_slots(bank: Bank, units_PU: np.ndarray, *, evenly: bool) -> np.ndarray
             if unit < 0:
                 break
             count = int(bank.unit_tokens_U[unit])
-            begin, end = bank.token_range(document, bank.unit_start_U[unit], bank.unit_end_U[unit])
+            begin, end = bank.token_range(int(document), int(bank.unit_start_U[unit]), int(bank.unit_end_U[unit]))
             number = end - begin
             if number:
                 starts = bank.token_starts_T[begin:end]

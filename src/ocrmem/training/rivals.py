@@ -22,7 +22,7 @@ class RivalEncoder(OCREncoder):
 
     def __init__(self, drawn: OCREncoder, kind: Features, embedding_width: int) -> None:
         super().__init__()
-        self.__dict__["drawn"] = drawn  # no submodule: its weights are no part of the rival
+        object.__setattr__(self, "drawn", drawn)  # no submodule: its weights are no part of the rival
         self.kind, self.page = kind, drawn.page
         self._width = embedding_width * (1 if kind == "mean-pooling" else TOKENS_PER_SLOT)
 

@@ -28,6 +28,7 @@ from ocrmem.training.build import (
     training_arguments,
 )
 from ocrmem.training.build_objectives import build_objective_trainer
+from ocrmem.training.packing import PackedRows
 from ocrmem.training.trainer import MEMTrainer, last_checkpoint
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,10 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
     adapter = run_dir / ADAPTER_FOLDER
     history = trainer.state.log_history
     if trainer.args.should_save:
-        model.save_pretrained(adapter, model_card=training_card(model.config, config, history))
+        manifest = None
+        if isinstance(train_dataset, PackedRows):
+            manifest = training_manifest(train_dataset, config, steps=trainer.state.global_step)
+        model.save_pretrained(adapter, model_card=training_card(model.config, config, history), manifest=manifest)
     return TrainResult(
         adapter=adapter,
         steps=trainer.state.global_step,
@@ -149,19 +153,33 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): values}
 
 
+def training_manifest(rows: PackedRows, config: TrainConfig, *, steps: int) -> dict[str, Any]:
+    """What an adapter was trained on: the first 16 hex digits of the hash of every document, and the files' names.
+
+    `ocrmem eval` refuses text whose hash is listed.
+    """
+    assert config.objectives is not None
+    bank = next(iter(rows.samplers.values())).bank
+    return {
+        "documents": sorted(value[:16] for value in bank.hashes()),
+        "corpora": list(config.objectives.corpora),
+        "steps": steps,
+    }
+
+
 def training_card(mem_config: Any, config: TrainConfig, history: list[dict[str, Any]]) -> str:
     """The adapter's model card with what was measured while it was trained."""
+    trained_on = config.data.train if config.objectives is None else ", ".join(config.objectives.corpora)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    figures = [
-        f"- ocrmem {__version__}, {history[-1]['step'] if history else 0} optimizer steps on `{config.data.train}`"
-    ]
+    figures = [f"- ocrmem {__version__}, {history[-1]['step'] if history else 0} optimizer steps on `{trained_on}`"]
     if losses:
         figures.append(
             f"- training loss (nats per reply token): {losses[0]:.4f} at the start, {losses[-1]:.4f} at the end"
         )
     if evals:
-        figures.append(f"- loss on `{config.data.eval}`: {evals[0]:.4f} at first, {evals[-1]:.4f} at last")
+        held_out = config.data.eval if config.objectives is None else ", ".join(config.objectives.eval_corpora)
+        figures.append(f"- loss on `{held_out}`: {evals[0]:.4f} at first, {evals[-1]:.4f} at last")
     measured = "Measured while training:\n\n" + "\n".join(figures)
     return default_card(mem_config).replace(
         "Measured figures: none were recorded when this adapter was saved.", measured

@@ -86,8 +86,6 @@ class Sample:
     """The same prompt with the text in place of the memory, where the task is distilled."""
     teacher_labelled_T: np.ndarray | None = None
     document: int = 0
-    slots: tuple[int, int] | None = None
-    """First and number of the memory tokens that are used of its one unit; None: all."""
 
 
 class Frame:
@@ -215,34 +213,7 @@ class TaskSampler:
         document, first, stop = run
         question = REPEAT[int(rng.integers(len(REPEAT)))]
         bare = bool(rng.integers(2))
-        if stage.max_memory_tokens is not None:
-            return self._few_tokens(rng, document, first, stage.max_memory_tokens, question)
         return self.reconstruction(document, first, stop, question=question, bare=bare)
-
-    def _few_tokens(
-        self, rng: np.random.Generator, document: int, first: int, most: int, question: str
-    ) -> Sample | None:
-        """Repeat the text tokens that lie whole under a few memory tokens of one unit."""
-        bank = self.bank
-        unit = int(bank.first_unit_K[document]) + first
-        count = int(bank.unit_tokens_U[unit])
-        number = min(count, _log_uniform(rng, 1, most))
-        slot = int(rng.integers(count - number + 1))
-        chars = bank.slot_chars_UV[unit]
-        start = int(chars[slot])
-        end = int(chars[slot + number]) if slot + number < count else int(bank.unit_end_U[unit])
-        begin, stop = bank.token_range(document, start, end)
-        if stop < bank.first_token_K[document + 1] and stop > begin:
-            text = bank.documents[document].text
-            if not text[int(bank.token_starts_T[stop]) - 1].isspace() and bank.token_starts_T[stop] > end:
-                stop -= 1  # the last token goes on beyond the pixels
-        if stop <= begin:
-            return None
-        end = int(bank.token_starts_T[stop]) if stop < bank.first_token_K[document + 1] else end
-        ids = self._text_ids(document, int(bank.token_starts_T[begin]), end)
-        sample = self._build("reconstruction", document, [unit], (start, end), [(question, ids)], bare=True,
-                             slots=(slot, number))  # fmt: skip
-        return sample if ids else None
 
     def reconstruction(self, document: int, first: int, stop: int, *, question: str, bare: bool = False) -> Sample:
         """Repeat the units [first, stop) of a document."""
@@ -382,7 +353,6 @@ class TaskSampler:
         ends: bool = True,
         distil: bool = False,
         bare: bool = False,
-        slots: tuple[int, int] | None = None,
     ) -> Sample:
         """Join the pieces; `after` stands for the questions where the turns have none."""
         body: list[int] = []
@@ -396,8 +366,7 @@ class TaskSampler:
                 body += self.frame.end_tail
                 labelled += [False] * len(self.frame.end_tail)
         head = self.bare_head if bare else self.frame.head
-        count = int(self.bank.unit_tokens_U[units].sum()) if slots is None else slots[1]
-        memory = [self.memory_token_id] * count
+        memory = [self.memory_token_id] * int(self.bank.unit_tokens_U[units].sum())
         teacher = self._text_ids(document, *characters) if distil else []
 
         def join(middle: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -406,7 +375,7 @@ class TaskSampler:
 
         ids_T, labelled_T = join(memory)
         teacher_T, teacher_labelled_T = join(teacher) if distil else (None, None)
-        return Sample(task, ids_T, labelled_T, units, teacher_T, teacher_labelled_T, document, slots)
+        return Sample(task, ids_T, labelled_T, units, teacher_T, teacher_labelled_T, document)
 
     def _units(self, document: int, first: int, stop: int) -> list[int]:
         begin = int(self.bank.first_unit_K[document])

@@ -7,6 +7,7 @@ and appear whole or not at all; a run that could not learn is refused before it 
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,15 +27,23 @@ from ocrmem.model.adapter import load_projection
 from ocrmem.model.freeze import check_trainable
 from ocrmem.model.mem_model import MEMModel
 
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED = 2
+"""Steps in a row whose gradient may be no number before the run ends."""
 INCOMPLETE = "incomplete"
 """Folder inside the run's in which a checkpoint is written before it is moved to its place."""
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Ends a run whose gradients are no numbers, before a step with them ruins the projection.
+    """Keeps gradients that are no numbers from the optimizer: such a step changes nothing but the optimizer's own
+    momentum, with a warning, and `MAX_SKIPPED` + 1 of them in a row end the run.
 
     Trainer itself goes on: it logs such losses as 0.0, and AdamW turns every weight into NaN for good.
     """
+
+    def __init__(self) -> None:
+        self.skipped = 0
 
     def on_pre_optimizer_step(
         self,
@@ -49,13 +58,21 @@ class StopOnNonFinite(TrainerCallback):
         if args.fp16:  # its gradient scaler meets infinite gradients on purpose, and skips them
             return
         grads = [parameter.grad for parameter in model.proj.parameters() if parameter.grad is not None]
-        if grads and not bool(torch.isfinite(torch.nn.utils.get_total_norm(grads))):
+        if not grads or bool(torch.isfinite(torch.nn.utils.get_total_norm(grads))):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        step = state.global_step + 1
+        if self.skipped > MAX_SKIPPED:
             raise TrainingError(
-                f"the gradient of the projection is not finite at step {state.global_step + 1}, so the run was stopped "
-                "before that step. Start the same command again to go on from the last checkpoint, with a lower "
-                "training.learning_rate, llm.dtype=float32, or llm.attn_implementation=eager; batches must be padded "
-                "on the right."
+                f"the gradient of the projection is not finite at step {step}, nor was it at the {MAX_SKIPPED} steps "
+                "before, so the run was stopped before that step. Start the same command again to go on from the last "
+                "checkpoint, with a lower training.learning_rate, llm.dtype=float32, or llm.attn_implementation=eager; "
+                "batches must be padded on the right."
             )
+        log.warning("the gradient of the projection is not finite at step %d; its batch is left out", step)
+        for grad in grads:
+            grad.zero_()
 
 
 class MEMTrainer(ExplainedTrainer):

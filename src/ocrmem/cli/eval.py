@@ -1,0 +1,78 @@
+"""`ocrmem eval`: how well an adapter reads, and of what use that is, against its rivals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Results file; None: results/fidelity/ADAPTER.json.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Probes of cued recall and of cloze questions.")] = 400,
+    next_turn_samples: Annotated[int, typer.Option(help="Probes of the next turn.")] = 2000,
+    reading_chars: Annotated[
+        str, typer.Option(help="Lengths of the texts to reconstruct, in characters.")
+    ] = "256,1024,4096",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Type of the LLM: float32, bfloat16. None: as stored.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Evaluate on held-out text only, and write a results file.
+
+    `python -m ocrmem.evaluation.report` makes the page and the plots of all results files.
+    """
+    import torch
+    from rich.progress import Progress
+
+    from ocrmem.errors import ConfigError
+    from ocrmem.evaluation.run import EvalSettings, evaluate
+    from ocrmem.files import write_text
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype}: expected float32, bfloat16 or float16.")
+    try:
+        lengths = tuple(int(part) for part in reading_chars.split(","))
+    except ValueError:
+        raise ConfigError(f"--reading-chars {reading_chars}: expected numbers, such as 256,1024,4096.") from None
+    settings = EvalSettings(samples=samples, next_turn_samples=next_turn_samples, reading_chars=lengths)
+    with Progress(console=_stderr(), transient=True) as bars:
+        bar = bars.add_task("", total=None)
+        results = evaluate(
+            adapter,
+            settings,
+            device=device,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            progress=lambda name, done, total: bars.update(bar, description=name, completed=done, total=total),
+        )
+    path = output or Path("results/fidelity") / f"{adapter.name}.json"
+    write_text(path, json.dumps(results, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(results))
+        return
+    for row in results["reading"]:
+        if row["arm"] == "memory":
+            print(
+                f"reading {row['num_chars']} characters, {row['source']}: {row['ratio']:.2f}x, token accuracy "
+                f"{row['token_accuracy']['mean']:.3f}, character error rate {row['cer']['mean']:.3f}"
+            )
+    for row in results["using"]:
+        if row["gain"] is not None:
+            gain = row["gain"]
+            print(
+                f"{row['task']}, {row['source']}, {row['arm']}: G {gain['mean']:.3f} "
+                f"[{gain['low']:.3f}, {gain['high']:.3f}]"
+            )
+    print(f"results: {path}")
+
+
+def _stderr():
+    from rich.console import Console
+
+    return Console(file=sys.stderr)

@@ -1,0 +1,178 @@
+"""The memory's rivals: what each arm puts in the memory's place, all of the same length.
+
+```
+[system … CONTEXT] [turns] [reply]        CONTEXT: nothing | text tokens | memory tokens
+```
+
+Every arm has the same template, the same recent turns and the same reply; they differ in the context alone. The budget
+of a probe is the number of memory tokens that its history takes, and no arm but `full-text` gets more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import regex
+import torch
+
+from ocrmem.data.processor import MEMProcessor, stack_pages
+from ocrmem.evaluation.probes import Probe
+from ocrmem.memory.features import encode_pages
+
+try:
+    import bm25s
+except ImportError:  # the arms that need it are left out, and named
+    bm25s = None
+
+SNIPPET = regex.compile(r"[^\n.!?]*[\n.!?]+[\"')\]]*\s*|[^\n.!?]+$")
+"""A sentence or line: what the retriever returns."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What one arm puts in the memory's place for one probe."""
+
+    text_ids: list[int] = field(default_factory=list)
+    """Text tokens, in front of the memory tokens if there are both."""
+    features_PVE: torch.Tensor | None = None
+    page_num_tokens: list[int] = field(default_factory=list)
+    order: list[int] | None = None
+    """A permutation of the memory tokens after the projection; None: as they come."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that it takes."""
+        return len(self.text_ids) + sum(self.page_num_tokens)
+
+
+class Contexts:
+    """Makes the contexts of a list of probes; pages are drawn and encoded once.
+
+    Args:
+        processor: renders, and knows the tokenizer.
+        device: where the encoder is.
+        seed: of the shuffled arm.
+    """
+
+    ALL_ARMS = (
+        "none",
+        "full-text",
+        "first-n",
+        "last-n",
+        "bm25",
+        "memory",
+        "half-memory-half-bm25",
+        "shuffled-memory",
+        "other-memory",
+    )
+
+    def __init__(
+        self, probes: Sequence[Probe], processor: MEMProcessor, *, device: torch.device, seed: int = 0
+    ) -> None:
+        self.probes, self.processor, self.device, self.seed = probes, processor, device, seed
+        tokenizer = processor.tokenizer
+        clean = processor.chat_format.clean
+        encoded = tokenizer([clean(probe.history) for probe in probes], add_special_tokens=False)
+        self.history_ids: list[list[int]] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
+        self.memories = [self._memory(probe.history) for probe in probes]
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms whose packages are there."""
+        missing = {arm for arm, _ in arms_left_out()}
+        return tuple(arm for arm in self.ALL_ARMS if arm not in missing)
+
+    def budget(self, index: int) -> int:
+        """Memory tokens of a probe's history."""
+        return self.memories[index].num_tokens
+
+    def context(self, arm: str, index: int) -> Context:
+        """The context of one arm for one probe."""
+        ids, budget = self.history_ids[index], self.budget(index)
+        memory = self.memories[index]
+        if arm == "none":
+            return Context()
+        if arm == "full-text":
+            return Context(text_ids=ids)
+        if arm == "first-n":
+            return Context(text_ids=ids[:budget])
+        if arm == "last-n":
+            return Context(text_ids=ids[-budget:])
+        if arm == "bm25":
+            return Context(text_ids=self.snippets(index, budget))
+        if arm == "half-memory-half-bm25":
+            newest = _newest(memory, budget // 2)
+            return Context(
+                self.snippets(index, budget - newest.num_tokens), newest.features_PVE, newest.page_num_tokens
+            )
+        if arm == "shuffled-memory":
+            order = np.random.default_rng([self.seed, index]).permutation(budget).tolist()
+            return Context(features_PVE=memory.features_PVE, page_num_tokens=memory.page_num_tokens, order=order)
+        if arm == "other-memory":
+            other = self.memories[(index + 1) % len(self.memories)]
+            return Context(features_PVE=other.features_PVE, page_num_tokens=other.page_num_tokens)
+        assert arm == "memory", arm
+        return memory
+
+    def snippets(self, index: int, budget: int) -> list[int]:
+        """Token ids of the sentences that BM25 finds for the probe's query, in their own order, cut at the budget.
+
+        BM25 with bm25s' defaults (Lucene's variant, k1 1.5, b 0.75); sentences that share no word with the query come
+        last, oldest first.
+        """
+        assert bm25s is not None, "the arm is left out without it"
+        probe = self.probes[index]
+        found = [match.group() for match in SNIPPET.finditer(probe.history) if match.group().strip()]
+        retriever = bm25s.BM25()
+        retriever.index(bm25s.tokenize(found, stopwords="en", show_progress=False), show_progress=False)
+        words = bm25s.tokenize([probe.query], stopwords="en", return_ids=False, show_progress=False)[0]
+        known: list[str] = [word for word in map(str, words) if word in retriever.vocab_dict]
+        scores = retriever.get_scores(known) if known else np.zeros(len(found))
+        ids = self.processor.tokenizer(
+            [self.processor.chat_format.clean(text) for text in found], add_special_tokens=False
+        )["input_ids"]
+        kept: dict[int, list[int]] = {}
+        left = budget
+        for number in np.argsort(-scores, kind="stable").tolist():
+            if left == 0:
+                break
+            kept[number] = ids[number][:left]
+            left -= len(kept[number])
+        return [token for number in sorted(kept) for token in kept[number]]
+
+    def _memory(self, history: str) -> Context:
+        processor = self.processor
+        encoder = processor.encoder
+        pages = processor.pages(history)
+        features = encode_pages(
+            encoder,
+            stack_pages(pages, encoder),
+            [processor.page_key(history[page.text_start : page.text_end]) for page in pages],
+            store=processor.store,
+            dtype=processor.feature_dtype,
+            device=self.device,
+        )
+        return Context(features_PVE=features.cpu(), page_num_tokens=[encoder.num_tokens(page) for page in pages])
+
+
+def arms_left_out() -> list[tuple[str, str]]:
+    """Arms that cannot be run here, and why."""
+    if bm25s is not None:
+        return []
+    reason = "the package bm25s is not installed; pip install ocrmem[eval]"
+    return [("bm25", reason), ("half-memory-half-bm25", reason)]
+
+
+def _newest(memory: Context, budget: int) -> Context:
+    """The newest whole pages of a memory that fit, or else the first tokens of the newest page."""
+    counts = memory.page_num_tokens
+    first, total = len(counts), 0
+    while first > 0 and total + counts[first - 1] <= budget:
+        first -= 1
+        total += counts[first]
+    assert memory.features_PVE is not None
+    if total == 0:
+        return Context(features_PVE=memory.features_PVE[-1:], page_num_tokens=[min(budget, counts[-1])])
+    return Context(features_PVE=memory.features_PVE[first:], page_num_tokens=counts[first:])

@@ -1,0 +1,417 @@
+"""`ocrmem eval`: one adapter on held-out text, against its rivals, to one results file."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ocrmem import __version__
+from ocrmem.assets.fetch import resolve
+from ocrmem.data.conversations import read_conversations
+from ocrmem.data.documents import Document, document_hash, read_documents
+from ocrmem.data.processor import MEMProcessor
+from ocrmem.errors import ConfigError
+from ocrmem.evaluation import metrics, probes
+from ocrmem.evaluation.arms import Contexts, arms_left_out
+from ocrmem.evaluation.probes import Probe
+from ocrmem.evaluation.report import SCHEMA, check_schema
+from ocrmem.evaluation.scoring import Scorer, make_prompt
+from ocrmem.memory.history import history_text
+from ocrmem.model.adapter import read_manifest
+from ocrmem.model.mem_model import MEMModel
+from ocrmem.model.projection import Projection
+from ocrmem.types import Conversation
+
+READING_ROOM = 1.25
+"""A greedy reconstruction may have so many times the tokens of its target."""
+ANSWERED = ("none", "full-text", "bm25", "memory", "shuffled-memory")
+"""Arms whose answers are generated and read; the others are scored by cross entropy alone."""
+LEFT_OUT = (  # arms that no evaluation of one adapter can have
+    ("llmlingua-2", "its model is in no package registry, so it could not be had"),
+    ("mean-pooling", "no trained projection was given"),
+    ("convolution", "no trained projection was given"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """How much is asked."""
+
+    samples: int = 400
+    """Probes of cued recall and of cloze questions, each; a fourth of that for each length of reading."""
+    next_turn_samples: int = 2000
+    """Probes of the next turn: its headroom is small."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Probes are dealt out over these seeds."""
+    reading_chars: tuple[int, ...] = (256, 1024, 4096)
+    """Lengths of the reading probes."""
+    history_chars: int = 2048
+    """Longest history of the other probes."""
+    answer_tokens: int = 48
+    """Longest answer to a question."""
+    conversations: str = "chitchat/heldout.jsonl"
+    """Held-out conversations."""
+    prose: str = "wiki-leads/heldout.jsonl"
+    """Held-out documents with titles."""
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.next_turn_samples, *self.reading_chars) < 1 or not self.seeds:
+            raise ConfigError("an evaluation needs at least one sample, and at least one seed.")
+
+
+Progress = Callable[[str, int, int], None]
+"""Takes what is being done, how many are done, and how many there are."""
+
+
+def evaluate(
+    adapter: Path,
+    settings: EvalSettings,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Any]:
+    """Evaluate an adapter folder.
+
+    Returns:
+        The results file's content, by `report.SCHEMA`.
+
+    Raises:
+        DataError: a probe is made of a document that the adapter was trained on.
+    """
+    model = MEMModel.from_pretrained(adapter, device=device)
+    if dtype is not None:
+        model.base_llm_model.to(dtype)  # pyright: ignore[reportArgumentType] - a dtype, whatever the decorator says
+    model.eval()
+    processor = MEMProcessor.from_model(model)
+    conversations = read_conversations(_file(settings.conversations)).conversations
+    documents = read_documents(_file(settings.prose))
+    manifest = read_manifest(adapter)
+    check_held_out(documents, conversations, manifest.get("documents", ()))
+    run = _Run(model, processor, settings, progress)
+    reading = run.reading(documents, conversations)
+    using = run.using(documents, conversations)
+    results = {
+        "schema": SCHEMA,
+        "command": " ".join(["ocrmem", *sys.argv[1:]]),
+        "created": datetime.date.today().isoformat(),
+        "versions": {
+            "ocrmem": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU",
+        "seeds": list(settings.seeds),
+        "adapter": {
+            "name": adapter.name,
+            "steps": int(manifest.get("steps", 0)),
+            "memory_ratio": statistics.fmean(run.ratios) if run.ratios else 1.0,
+        },
+        "reading": reading,
+        "using": using,
+        "cost": run.cost(conversations),
+        "left_out": [{"arm": arm, "reason": reason} for arm, reason in (*LEFT_OUT, *arms_left_out())],
+    }
+    return check_schema(json.loads(json.dumps(results)), source="results")
+
+
+def check_held_out(
+    documents: Sequence[Document], conversations: Sequence[Conversation], trained: Sequence[str]
+) -> None:
+    """Refuse to evaluate on files that hold a document of the training manifest.
+
+    Raises:
+        DataError: some document was trained on.
+    """
+    whole = [
+        Probe(task="reading", source="prose", id=id_, history=text, turns=(), target=text, query="",
+              document_hashes=(document_hash(text),))
+        for id_, text in (
+            *((document.id, document.text) for document in documents),
+            *((conversation.source, history_text(conversation.messages)) for conversation in conversations),
+        )
+    ]  # fmt: skip
+    probes.check_not_trained(whole, trained)
+
+
+def _file(path: str) -> Path:
+    first, _, rest = path.partition("/")
+    return Path(path) if Path(path).exists() or not rest else resolve(first) / rest
+
+
+class _Run:
+    def __init__(
+        self,
+        model: MEMModel,
+        processor: MEMProcessor,
+        settings: EvalSettings,
+        progress: Progress,
+    ) -> None:
+        self.model, self.processor, self.settings = model, processor, settings
+        self.progress = progress
+        self.device = next(model.proj.parameters()).device
+        self.ratios: list[float] = []
+        generator = torch.Generator().manual_seed(settings.seeds[0])
+        self.untrained = _untrained(model, generator)
+
+    def reading(self, documents: Sequence[Document], conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
+        """Reconstruction at every length: teacher-forced accuracy, greedy errors, identifiers."""
+        rows = []
+        joined = [_joined(documents, start) for start in range(0, len(documents), 12)]
+        for chars in self.settings.reading_chars:
+            for source, given in (("prose", documents if chars < 1000 else joined), ("conversations", conversations)):
+                make = functools.partial(_reading, given, chars)
+                found = self._deal(make, max(1, self.settings.samples // 4))
+                if not found:  # no text is that long
+                    continue
+                contexts = self._contexts(found)
+                for arm in ("memory", "full-text", "none"):
+                    rows.append(self._read(arm, source, chars, found, contexts))
+        return rows
+
+    def _read(self, arm: str, source: str, chars: int, found: list[Probe], contexts: Contexts) -> dict[str, Any]:
+        chosen = [contexts.context(arm, i) for i in range(len(found))]
+        prompts = [make_prompt(p, c, self.processor.chat_format) for p, c in zip(found, chosen, strict=True)]
+        scorer = self._scorer(f"reading {chars} {source}: {arm}", 2 * len(prompts))
+        _, accuracy = scorer.score(prompts)
+        room = [int(READING_ROOM * len(prompt.target)) + 4 for prompt in prompts]
+        answers = scorer.answer(prompts, max_new_tokens=room)
+        pairs = list(zip(answers, [probe.target for probe in found], strict=True))
+        seed = self.settings.seeds[0]
+        ratio = statistics.fmean(
+            len(ids) / max(1, context.num_tokens + self.separators)
+            for ids, context in zip(contexts.history_ids, contexts.memories, strict=True)
+        )
+        if arm == "memory":
+            self.ratios.append(ratio)
+        return {
+            "source": source,
+            "num_chars": chars,
+            "arm": arm,
+            "ratio": ratio if arm == "memory" else 1.0,
+            "n": len(found),
+            "token_accuracy": metrics.mean_interval(accuracy, seed=seed).as_json(),
+            "cer": metrics.mean_interval([metrics.character_error_rate(a, t) for a, t in pairs], seed=seed).as_json(),
+            "identifier_recall": metrics.mean_interval(
+                [_or_nan(metrics.identifier_recall(a, t)) for a, t in pairs], seed=seed
+            ).as_json(),
+        }
+
+    @property
+    def separators(self) -> int:
+        """Tokens of a memory besides its placeholders."""
+        return self.processor.chat_format.separator_tokens(has_system=False)
+
+    def using(self, documents: Sequence[Document], conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
+        """Cued recall, cloze questions and the next turn, for every arm."""
+        s = self.settings
+        tasks: list[tuple[str, str, list[Probe]]] = [
+            ("cued-recall", "prose", self._deal(lambda n, seed: probes.cued_recall_probes(
+                documents, history_chars=s.history_chars, n=n, seed=seed), s.samples)),
+            ("cued-recall", "conversations", self._deal(lambda n, seed: probes.cued_recall_probes(
+                conversations, history_chars=s.history_chars, n=n, seed=seed), s.samples)),
+            ("cloze", "prose", self._deal(lambda n, seed: probes.cloze_probes(
+                documents, history_chars=s.history_chars, n=n, seed=seed), s.samples)),
+            ("next-turn", "conversations", self._deal(lambda n, seed: probes.next_turn_probes(
+                conversations, n=n, seed=seed, max_history_chars=s.history_chars, min_history_chars=512),
+                s.next_turn_samples)),
+        ]  # fmt: skip
+        rows = []
+        for task, source, found in tasks:
+            if not found:
+                continue
+            contexts = self._contexts(found)
+            losses = {}
+            answers: dict[str, list[str]] = {}
+            for arm in (*contexts.arms, "untrained-projection"):
+                name = "memory" if arm == "untrained-projection" else arm
+                chosen = [contexts.context(name, i) for i in range(len(found))]
+                prompts = [make_prompt(p, c, self.processor.chat_format) for p, c in zip(found, chosen, strict=True)]
+                generates = task != "next-turn" and arm in ANSWERED
+                scorer = self._scorer(f"{task} {source}: {arm}", len(prompts) * (1 + generates))
+                trained = self.model.proj
+                if arm == "untrained-projection":
+                    self.model.proj = self.untrained
+                losses[arm], _ = scorer.score(prompts)
+                self.model.proj = trained
+                if generates:
+                    answers[arm] = scorer.answer(prompts, max_new_tokens=[s.answer_tokens] * len(prompts))
+            rows += [self._row(task, source, arm, found, contexts, losses, answers.get(arm)) for arm in losses]
+        return rows
+
+    def _row(
+        self,
+        task: str,
+        source: str,
+        arm: str,
+        found: list[Probe],
+        contexts: Contexts,
+        losses: dict[str, Any],
+        answers: list[str] | None,
+    ) -> dict[str, Any]:
+        seed = self.settings.seeds[0]
+        fixed = arm in ("none", "full-text")
+        name = "memory" if arm == "untrained-projection" else arm
+        budget = statistics.fmean(contexts.context(name, i).num_tokens for i in range(len(found)))
+        row: dict[str, Any] = {
+            "task": task,
+            "source": source,
+            "arm": arm,
+            "n": len(found),
+            "budget_tokens": budget,
+            "ce": metrics.mean_interval(losses[arm], seed=seed).as_json(),
+            "gain": None
+            if fixed
+            else metrics.gain_recovered(losses["none"], losses[arm], losses["full-text"], seed=seed).as_json(),
+            "exact_match": None,
+            "token_f1": None,
+            "transcribes": None,
+        }
+        if answers is not None:
+            pairs = list(zip(answers, found, strict=True))
+            scored = {
+                "exact_match": [float(metrics.exact_match(a, p.target)) for a, p in pairs],
+                "token_f1": [metrics.token_f1(a, p.target) for a, p in pairs],
+                "transcribes": [float(metrics.transcribes(a, p.history, target=p.target)) for a, p in pairs],
+            }
+            row |= {key: metrics.mean_interval(values, seed=seed).as_json() for key, values in scored.items()}
+        return row
+
+    @torch.no_grad()
+    def cost(self, conversations: Sequence[Conversation], *, repeats: int = 5) -> list[dict[str, Any]]:
+        """Medians of what one history of the longest kind costs, part by part, batch 1."""
+        chars = self.settings.history_chars
+        (probe,) = probes.next_turn_probes(
+            conversations, n=1, seed=0, max_history_chars=chars, min_history_chars=chars // 2
+        )
+        processor, encoder = self.processor, self.model.ocr_embed
+        contexts = Contexts([probe], processor, device=self.device)
+        render = self._time(lambda: processor.pages(probe.history), repeats)
+        pages = torch.stack([torch.from_numpy(page.image_HW) for page in processor.pages(probe.history)]).to(
+            self.device
+        )
+        encode = self._time(lambda: encoder(pages), repeats)
+        rows = []
+        for arm, cached in (
+            ("memory", False),
+            ("memory", True),
+            ("full-text", False),
+            ("full-text", True),
+            ("last-n", False),
+        ):
+            context = contexts.context(arm, 0)
+            prompt = make_prompt(probe, context, processor.chat_format)
+            rows.append({
+                "arm": arm,
+                "tokens": float(len(prompt.ids(processor.memory_token_id, with_target=False))),
+                "render_ms": render if arm == "memory" and not cached else 0.0,
+                "encode_ms": encode if arm == "memory" and not cached else 0.0,
+                "prefill_ms": self._prefill(prompt, repeats, cached_prefix=arm == "full-text" and cached),
+                "decode_ms_per_token": self._decode(prompt, repeats),
+                "cached": cached,
+            })  # fmt: skip
+        return rows
+
+    def _prefill(self, prompt: Any, repeats: int, *, cached_prefix: bool) -> float:
+        scorer = self._scorer("cost", 0)
+        batch = scorer._batch([prompt], with_target=False, pad_left=False)
+        embeds = scorer._embeds(batch, [prompt])
+        llm = self.model.base_llm_model
+        if not cached_prefix:
+            return self._time(lambda: llm(inputs_embeds=embeds, use_cache=True, logits_to_keep=1), repeats)
+        prefix = len(prompt.before) + len(prompt.context.text_ids)
+
+        def after_prefix(cache: Any) -> None:
+            llm(inputs_embeds=embeds[:, prefix:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        def fresh() -> Any:
+            return llm(inputs_embeds=embeds[:, :prefix], use_cache=True, logits_to_keep=1).past_key_values
+
+        return self._time(after_prefix, repeats, setup=fresh)
+
+    def _decode(self, prompt: Any, repeats: int) -> float:
+        scorer = self._scorer("cost", 0)
+        batch = scorer._batch([prompt], with_target=False, pad_left=False)
+        llm = self.model.base_llm_model
+        cache = llm(inputs_embeds=scorer._embeds(batch, [prompt]), use_cache=True, logits_to_keep=1).past_key_values
+        token = batch["input_ids"][:, -1:]
+        return self._time(lambda: llm(input_ids=token, past_key_values=cache, use_cache=True), repeats)
+
+    def _time(self, call: Callable[..., Any], repeats: int, *, setup: Callable[[], Any] | None = None) -> float:
+        times = []
+        for number in range(repeats + 1):
+            arguments = () if setup is None else (setup(),)
+            self._wait()
+            begun = time.perf_counter()
+            call(*arguments)
+            self._wait()
+            if number:  # the first warms up
+                times.append((time.perf_counter() - begun) * 1000)
+        return statistics.median(times)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _deal(self, make: Callable[[int, int], list[Probe]], n: int) -> list[Probe]:
+        """Probes of every seed, as many from each, none twice."""
+        seeds = self.settings.seeds
+        found: dict[tuple[str, str, str], Probe] = {}
+        for seed in seeds:
+            for probe in make(-(-n // len(seeds)), seed):
+                found.setdefault((probe.history, probe.query, probe.target), probe)
+        return list(found.values())[:n]
+
+    def _contexts(self, found: list[Probe]) -> Contexts:
+        return Contexts(found, self.processor, device=self.device, seed=self.settings.seeds[0])
+
+    def _scorer(self, name: str, total: int) -> Scorer:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(name, done, total)
+
+        return Scorer(self.model, self.processor, advance=advance)
+
+
+def _untrained(model: MEMModel, generator: torch.Generator) -> Projection:
+    """A fresh projection of the model's settings."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(1 << 30, (1,), generator=generator)))
+        fresh = Projection(
+            model.config.projection_settings,
+            feature_width=model.ocr_embed.feature_width,
+            embedding_width=model.base_llm_model.config.get_text_config().hidden_size,
+            tokens_per_page=model.ocr_embed.tokens_per_page,
+            embedding_rms=float(model.proj.embedding_rms),
+        )
+    return fresh.to(next(model.proj.parameters()).device).requires_grad_(False)
+
+
+def _joined(documents: Sequence[Document], start: int) -> Document:
+    """Twelve documents as one, for histories longer than any of them."""
+    group = documents[start : start + 12]
+    return Document(group[0].id + "+", group[0].title, "\n".join(document.text for document in group))
+
+
+def _reading(documents: Any, chars: int, n: int, seed: int) -> list[Probe]:
+    return probes.reading_probes(documents, num_chars=chars, n=n, seed=seed)
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,0 +1,173 @@
+"""Prompts of probes with their contexts, scored and answered in batches.
+
+Letters besides those of `types`: N labelled positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ocrmem.data.processor import MEMProcessor
+from ocrmem.evaluation.arms import Context
+from ocrmem.evaluation.probes import Probe
+from ocrmem.memory.chat_format import ChatFormat
+from ocrmem.model.label_loss import IGNORE_INDEX, at_positions, labelled_positions, logits_at
+from ocrmem.model.mem_model import MEMModel
+from ocrmem.types import Message
+
+BATCH_POSITIONS = 16384
+"""Positions of one batch, padding included."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One probe with one context, as token ids."""
+
+    before: list[int]
+    context: Context
+    after: list[int]
+    target: list[int]
+    """The reply to score, with its end-of-turn token."""
+
+    def ids(self, memory_token_id: int, *, with_target: bool) -> list[int]:
+        """Token ids, placeholders in the places of memory tokens."""
+        memory = [memory_token_id] * sum(self.context.page_num_tokens)
+        target = self.target if with_target else []
+        return [*self.before, *self.context.text_ids, *memory, *self.after, *target]
+
+
+def make_prompt(probe: Probe, context: Context, chat_format: ChatFormat) -> Prompt:
+    """The probe's prompt with the context where the memory belongs."""
+    has_context = context.num_tokens > 0
+    turns = list(probe.turns)
+    text = chat_format.text(turns, add_generation_prompt=True, num_placeholders=int(has_context))
+    before, _, after = text.partition(chat_format.memory_token) if has_context else ("", "", text)
+    reply = Message("assistant", probe.prefix + probe.target)
+    whole = chat_format.text([*turns, reply], add_generation_prompt=False, num_placeholders=int(has_context))
+    ending = whole[whole.rindex(chat_format.clean(reply.content)) + len(chat_format.clean(reply.content)) :]
+    end = chat_format.ids(ending)
+    end = end[: len(end) - chat_format.num_reply_tail]
+    prefix = chat_format.clean(probe.prefix)
+    return Prompt(
+        before=chat_format.ids(before),
+        context=context,
+        after=chat_format.ids(after) + (chat_format.ids(prefix) if prefix else []),
+        target=[*chat_format.ids(chat_format.clean(probe.target)), *end],
+    )
+
+
+class Scorer:
+    """Runs prompts through a model.
+
+    Args:
+        model: in eval mode, on its device.
+        processor: for the placeholder, and for reading answers.
+        advance: called with the number of prompts done after each batch.
+    """
+
+    def __init__(
+        self, model: MEMModel, processor: MEMProcessor, *, advance: Callable[[int], None] | None = None
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.device = next(model.proj.parameters()).device
+        self.advance = advance or (lambda _: None)
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+        """Cross entropy in nats per token, and token accuracy, of each prompt's target, teacher-forced."""
+        losses, accuracies = np.zeros(len(prompts)), np.zeros(len(prompts))
+        for indices in self._batches(prompts, with_target=True):
+            chosen = [prompts[i] for i in indices]
+            batch = self._batch(chosen, with_target=True, pad_left=False)
+            embeds_BSD = self._embeds(batch, chosen)
+            labels = batch["labels"]
+            index = labelled_positions(labels)
+            with at_positions(self.model.get_output_embeddings(), index):
+                outputs = self.model.base_llm_model(inputs_embeds=embeds_BSD, use_cache=False)
+            logits_NC = logits_at(outputs.logits, index, shape_BS=tuple(labels.shape))
+            targets_N = labels[index[0], index[1] + 1]
+            loss_N = F.cross_entropy(logits_NC.float(), targets_N, reduction="none")
+            right_N = (logits_NC.argmax(dim=-1) == targets_N).float()
+            count_B = torch.bincount(index[0], minlength=len(chosen)).clamp(min=1)
+            for values, result in ((loss_N, losses), (right_N, accuracies)):
+                sums_B = torch.zeros(len(chosen), device=self.device).index_add_(0, index[0], values)
+                result[np.array(indices)] = (sums_B / count_B).cpu().numpy()
+            self.advance(len(chosen))
+        return losses, accuracies
+
+    @torch.no_grad()
+    def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: Sequence[int]) -> list[str]:
+        """Greedy answers, each at most so many tokens long."""
+        answers = [""] * len(prompts)
+        for indices in self._batches(prompts, with_target=False, extra=max(max_new_tokens, default=0)):
+            chosen = [prompts[i] for i in indices]
+            batch = self._batch(chosen, with_target=False, pad_left=True)
+            longest = max(max_new_tokens[i] for i in indices)
+            generate: Any = self.model.base_llm_model.generate
+            ids = generate(
+                inputs_embeds=self._embeds(batch, chosen),
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=longest,
+                do_sample=False,
+                pad_token_id=self.processor.pad_token_id,
+            )
+            for row, i in zip(ids.tolist(), indices, strict=True):
+                text: Any = self.processor.tokenizer.decode(row[: max_new_tokens[i]], skip_special_tokens=True)
+                answers[i] = text
+            self.advance(len(chosen))
+        return answers
+
+    def _batches(self, prompts: Sequence[Prompt], *, with_target: bool, extra: int = 0) -> Iterator[list[int]]:
+        """Indices, prompts of like length together."""
+        token = self.processor.memory_token_id
+        lengths = [len(prompt.ids(token, with_target=with_target)) + extra for prompt in prompts]
+        batch: list[int] = []
+        for index in sorted(range(len(prompts)), key=lambda i: lengths[i]):
+            if batch and (len(batch) + 1) * lengths[index] > BATCH_POSITIONS:
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+    def _batch(self, prompts: Sequence[Prompt], *, with_target: bool, pad_left: bool) -> dict[str, torch.Tensor]:
+        rows = [prompt.ids(self.processor.memory_token_id, with_target=with_target) for prompt in prompts]
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self.processor.pad_token_id)
+        mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+        labels = torch.full((len(rows), longest), IGNORE_INDEX)
+        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            start = longest - len(row) if pad_left else 0
+            ids[number, start : start + len(row)] = torch.tensor(row)
+            mask[number, start : start + len(row)] = 1
+            if with_target:
+                stop = start + len(row)
+                labels[number, stop - len(prompt.target) : stop] = torch.tensor(prompt.target)
+        return {
+            "input_ids": ids.to(self.device),
+            "attention_mask": mask.to(self.device),
+            "labels": labels.to(self.device),
+        }
+
+    def _embeds(self, batch: dict[str, torch.Tensor], prompts: Sequence[Prompt]) -> torch.Tensor:
+        contexts = [prompt.context for prompt in prompts]
+        features = [context.features_PVE for context in contexts if context.features_PVE is not None]
+        arguments: dict[str, torch.Tensor] = {}
+        if features:
+            arguments = {
+                "features": torch.cat(features).to(self.device),
+                "page_num_tokens": torch.tensor([n for c in contexts for n in c.page_num_tokens], device=self.device),
+                "num_pages": torch.tensor([len(c.page_num_tokens) for c in contexts], device=self.device),
+            }
+        embeds_BSD = self.model.embed(batch["input_ids"], **arguments)
+        for row, context in enumerate(contexts):
+            if context.order is not None:
+                places = (batch["input_ids"][row] == self.processor.memory_token_id).nonzero().squeeze(-1)
+                embeds_BSD[row, places] = embeds_BSD[row, places[torch.tensor(context.order, device=self.device)]]
+        return embeds_BSD

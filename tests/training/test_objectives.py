@@ -1,0 +1,434 @@
+"""Objectives: the bank, the tasks, packed rows, and a run with the real LLM, encoder and corpora."""
+
+import copy
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import tiny_batch, tiny_model
+
+from ocrmem.config.encoder import EncoderSettings
+from ocrmem.config.memory import MemorySettings
+from ocrmem.config.objectives import ObjectiveSettings, Stage
+from ocrmem.config.train import TrainConfig, load_train_config
+from ocrmem.data.bank import BankDocument, build_bank
+from ocrmem.data.conversations import read_conversations
+from ocrmem.data.processor import MEMProcessor
+from ocrmem.encoders.registry import build_encoder
+from ocrmem.errors import ConfigError, DataError
+from ocrmem.memory.history import history_text
+from ocrmem.model.adapter import read_manifest
+from ocrmem.model.llm import load_tokenizer
+from ocrmem.model.packed_attention import PACKED
+from ocrmem.render.renderer import Renderer
+from ocrmem.training.build import find_data
+from ocrmem.training.build_objectives import samplers
+from ocrmem.training.corpus import conversation_document, read_corpus, shuffled_documents
+from ocrmem.training.objectives import distillation_loss, text_features, varying_share
+from ocrmem.training.optimizer import MuonAdamW
+from ocrmem.training.packing import PackedRows, fill, pack, token_slots
+from ocrmem.training.run import train
+from ocrmem.training.tasks import Frame, TaskSampler
+
+PROSE = (
+    "The geoid is the shape that the ocean surface would take under the influence of the gravity of Earth. It was "
+    "described in 1828 by Gauss, who called it the mathematical figure of the Earth.\nMost maps use an ellipsoid. "
+    "In Hamburg, heights were once measured from the level of the Elbe in 1899, as Friedrich wrote."
+)
+PAGE = {"page_width": 1600, "page_height": 384}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    """The whole encoder, 20 steps to a token, and the same cut four times as fine."""
+    fine = build_encoder(EncoderSettings(settings={"steps_per_token": 5}))
+    page = dataclasses.replace(fine.page, **PAGE)
+    made = [build_encoder(EncoderSettings(settings={"steps_per_token": steps}), page=page) for steps in (20, 5)]
+    return made[0].eval(), made[1].eval()
+
+
+@pytest.fixture(scope="module")
+def documents():
+    conversations = read_conversations(find_data("chitchat/heldout.jsonl"), max_conversations=2).conversations
+    return [BankDocument("prose", PROSE), *map(conversation_document, conversations)]
+
+
+@pytest.fixture(scope="module")
+def bank(documents, encoders, tokenizer, tmp_path_factory):
+    return build_bank(documents, encoder=encoders[1], tokenizer=tokenizer, folder=tmp_path_factory.mktemp("banks"))
+
+
+@pytest.fixture(scope="module")
+def frame(encoders, tokenizer):
+    processor = MEMProcessor(tokenizer, encoder=encoders[0], memory=MemorySettings(header=""))
+    return Frame(processor.chat_format)
+
+
+@pytest.fixture(scope="module")
+def sampler(bank, frame):
+    return TaskSampler(bank.joined(4), frame, memory_token_id=memory_id(frame))
+
+
+def memory_id(frame):
+    return frame.chat_format.tokenizer.convert_tokens_to_ids(frame.chat_format.memory_token)
+
+
+def text_of(bank, sample):
+    text = bank.documents[sample.document].text
+    return text[bank.unit_start_U[sample.units[0]] : bank.unit_end_U[sample.units[-1]]]
+
+
+def test_units_hold_the_text_once_and_in_order(bank, documents):
+    for number, document in enumerate(documents):
+        units = range(bank.first_unit_K[number], bank.first_unit_K[number] + bank.num_units_K[number])
+        found = "".join(document.text[bank.unit_start_U[unit] : bank.unit_end_U[unit]] for unit in units)
+        assert found == document.text
+        for unit in units:
+            chars = bank.slot_chars_UV[unit]
+            assert (np.diff(chars) >= 0).all()
+            assert chars[0] == bank.unit_start_U[unit]
+
+
+@torch.no_grad()
+def test_features_are_the_encoders_and_joining_only_regroups_them(bank, encoders):
+    whole, fine = encoders
+    (page,) = Renderer(whole.page).pages(PROSE)
+    pixels = torch.from_numpy(page.image_HW)[None]
+    expected = fine(pixels)[0, : page.num_lines * 40].to(torch.float16)
+    found = bank.features_UVE[: page.num_lines].reshape(-1, 600)
+    torch.testing.assert_close(found, expected, rtol=0, atol=4e-3)
+    joined = bank.joined(4)
+    assert joined.unit_tokens_U[: page.num_lines].sum() == whole.num_tokens(page)
+    expected = whole(pixels)[0, : page.num_lines * 10].to(torch.float16)
+    torch.testing.assert_close(joined.features_UVE[: page.num_lines].reshape(-1, 2400), expected, rtol=0, atol=4e-3)
+
+
+@torch.no_grad()
+def test_a_tail_is_the_line_up_to_its_cut(bank, documents, encoders):
+    found = [(k, cut, before, unit) for (k, cut), (before, unit) in bank.tails.items() if unit >= 0]
+    assert len(found) >= 8
+    for k, cut, before, unit in found[:3]:
+        first = bank.first_unit_K[k]
+        assert bank.unit_end_U[unit] == cut
+        assert bank.unit_start_U[unit] == bank.unit_start_U[first + before]
+        page = Renderer(encoders[1].page).pages(documents[k].text[:cut], start=int(bank.unit_start_U[unit]))[0]
+        expected = encoders[1](torch.from_numpy(page.image_HW)[None])[0, :40].to(torch.float16)
+        torch.testing.assert_close(bank.features_UVE[unit], expected, rtol=0, atol=4e-3)
+
+
+def test_a_bank_is_built_once_and_a_killed_build_is_not_read(documents, encoders, tokenizer, tmp_path, monkeypatch):
+    def build():
+        return build_bank(documents[:1], encoder=encoders[1], tokenizer=tokenizer, folder=tmp_path)
+
+    monkeypatch.setattr("ocrmem.data.bank.np.savez", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert [path.name.endswith(".incomplete") for path in tmp_path.iterdir()] == [True]
+    monkeypatch.undo()
+    first = build()
+    monkeypatch.setattr("ocrmem.data.bank._encode", lambda *_: pytest.fail("encoded twice"))
+    assert torch.equal(build().features_UVE, first.features_UVE)
+
+
+@pytest.mark.parametrize("task", ["reconstruction", "continuation", "recall", "cloze", "reply"])
+def test_samples_of_every_task(task, sampler, tokenizer):
+    bank = sampler.bank
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        sample = sampler.sample(rng, Stage(steps=1, max_units=3 if task != "continuation" else 1, tasks={task: 1}))
+        again = sampler.sample(
+            np.random.default_rng(seed), Stage(steps=1, max_units=3 if task != "continuation" else 1, tasks={task: 1})
+        )
+        assert np.array_equal(sample.input_ids_T, again.input_ids_T)
+        placeholders = sample.input_ids_T == sampler.memory_token_id
+        assert placeholders.sum() == bank.unit_tokens_U[sample.units].sum()
+        text = bank.documents[sample.document].text
+        answers = tokenizer.decode(sample.input_ids_T[sample.labelled_T]).split("<|im_end|>")
+        assert all(answer in text for answer in answers if answer)
+        prompt = tokenizer.decode(sample.input_ids_T[~sample.labelled_T])
+        if task == "reconstruction":
+            assert answers[0] == text_of(bank, sample).strip()
+        if task == "continuation":
+            assert text[bank.unit_end_U[sample.units[-1]] :].startswith(answers[0])
+        if task == "cloze":
+            assert "____" in prompt
+            assert all(answer in text_of(bank, sample) for answer in answers)
+        if task != "reconstruction":
+            assert text_of(bank, sample).strip() in tokenizer.decode(sample.teacher_ids_T)
+            labels = sample.input_ids_T[sample.labelled_T]
+            assert np.array_equal(labels, sample.teacher_ids_T[sample.teacher_labelled_T])
+
+
+def test_a_text_with_the_placeholder_in_it_never_trains(bank, frame):
+    token = memory_id(frame)
+    ids = bank.token_ids_T.copy()
+    ids[bank.first_token_K[1]] = token
+    sampler = TaskSampler(dataclasses.replace(bank, token_ids_T=ids), frame, memory_token_id=token)
+    drawn = {sampler.sample(np.random.default_rng(i), Stage(steps=1, max_units=2)).document for i in range(40)}
+    assert drawn == {0, 2}
+
+
+def test_rows_are_decided_by_their_number(bank, frame):
+    settings = ObjectiveSettings(
+        corpora=("x",),
+        packed_length=1024,
+        warm_start_steps=1,
+        stages=(Stage(steps=1, max_units=2), Stage(steps=1, max_units=4)),
+    )
+    by_pieces = {4: TaskSampler(bank.joined(4), frame, memory_token_id=memory_id(frame))}
+    rows = PackedRows(by_pieces, settings, seed=0, rows_per_step=2, pad_token_id=0)
+    assert len(rows) == 6
+    assert [rows[i]["warm_start"] for i in range(6)] == [True, True, False, False, False, False]
+    assert torch.equal(rows[3]["input_ids"], rows[3]["input_ids"])
+    assert not torch.equal(rows[3]["input_ids"], rows[4]["input_ids"])
+    row = rows[5]
+    edges = row["cu_seq_lens_q"]
+    assert edges[0] == 0
+    assert edges[-1] == row["input_ids"].shape[1] == 1024
+    assert row["max_length_q"] == int(edges.diff().max())
+    assert (row["position_ids"][0, edges[:-1].long()] == 0).all()
+    assert int(row["page_num_tokens"].sum()) == int((row["input_ids"] == memory_id(frame)).sum())
+
+
+def test_a_sample_that_is_too_long_is_named(sampler):
+    with pytest.raises(ConfigError, match="packed_length=20 is too short: the last sample drawn has"):
+        fill(lambda: sampler.sample(np.random.default_rng(0), Stage(steps=1, max_units=1)), 20)
+
+
+def test_tasks_that_the_corpora_cannot_give_are_named(bank, frame):
+    prose = dataclasses.replace(bank, tails={})
+    sampler = TaskSampler(prose, frame, memory_token_id=memory_id(frame))
+    with pytest.raises(DataError, match="no text for the tasks reply with histories of 1 to 2 units"):
+        sampler.sample(np.random.default_rng(0), Stage(steps=1, max_units=2, tasks={"reply": 1}))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", PACKED])
+def test_a_packed_row_gives_the_loss_of_its_samples_alone(attention):
+    model = tiny_model("llama", kind="attention", attn_implementation=attention)
+    batch = tiny_batch(side="right")
+    total, count, rows = 0.0, 0, []
+    page = 0
+    for sample in range(3):
+        length = int(batch["attention_mask"][sample].sum())
+        pages = int(batch["num_pages"][sample])
+        rows.append((batch["input_ids"][sample, :length], batch["labels"][sample, :length]))
+        alone = {"input_ids": rows[-1][0][None], "labels": rows[-1][1][None]}
+        if pages:
+            alone |= {
+                "pages": batch["pages"][page : page + pages],
+                "page_num_tokens": batch["page_num_tokens"][page : page + pages],
+                "num_pages": batch["num_pages"][sample : sample + 1],
+            }
+        page += pages
+        labels = int((rows[-1][1][1:] != -100).sum())
+        total += float(model(**alone).loss) * labels
+        count += labels
+    edges = np.cumsum([0, *(len(ids) for ids, _ in rows)])
+    labels = torch.cat([torch.cat([torch.tensor([-100]), row[1:]]) for _, row in rows])
+    packed = model(
+        input_ids=torch.cat([ids for ids, _ in rows])[None],
+        labels=labels[None],
+        position_ids=torch.cat([torch.arange(len(ids)) for ids, _ in rows])[None],
+        cu_seq_lens_q=torch.tensor(edges, dtype=torch.int32),
+        max_length_q=int(np.diff(edges).max()),
+        pages=batch["pages"],
+        page_num_tokens=batch["page_num_tokens"],
+        num_pages=batch["num_pages"].sum()[None],
+        use_cache=False,
+    )
+    assert float(packed.loss) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_token_slots_follow_the_pixels_or_are_dealt_evenly(bank, tokenizer):
+    units = np.array([[0, 1]])
+    for evenly in (False, True):
+        slots = token_slots(bank.joined(4), units, evenly=evenly)
+        kept = [int(token) for token in slots[0].reshape(-1) if token >= 0]
+        begin, end = bank.token_range(0, 0, int(bank.unit_end_U[1]))
+        expected = bank.token_ids_T[begin:end].tolist()
+        assert kept == expected or (not evenly and set(kept) <= set(expected) and len(kept) >= len(expected) - 2)
+    by_pixels = token_slots(bank.joined(4), units, evenly=False)
+    first = tokenizer.decode([token for token in by_pixels[0, 0] if token >= 0])
+    assert PROSE.startswith(first.strip())
+    assert 10 <= len(first) <= 24, "a memory token covers 16 characters"
+
+
+def test_text_features():
+    embedding = torch.nn.Embedding(10, 4)
+    scale = embedding.weight.pow(2).mean().rsqrt()
+    slots = torch.tensor([[[1, 2, -1], [-1, -1, -1]]], dtype=torch.int32)
+    mean = text_features(slots, embedding, "mean-pooling")
+    torch.testing.assert_close(mean[0, 0], (embedding.weight[1] + embedding.weight[2]) / 2 * scale)
+    assert not mean[0, 1].any()
+    side_by_side = text_features(slots, embedding, "convolution")
+    assert side_by_side.shape == (1, 2, 12)
+    torch.testing.assert_close(side_by_side[0, 0, 4:8], embedding.weight[2] * scale)
+
+
+def test_varying_share_and_distillation():
+    counts = torch.tensor([3, 3])
+    same = torch.randn(2, 1, 5).expand(2, 3, 5)
+    assert float(varying_share(same, counts)) < 1e-6
+    assert float(varying_share(torch.randn(1, 3, 5).expand(2, 3, 5), counts)) == pytest.approx(1.0)
+    logits = torch.randn(4, 9)
+    assert float(distillation_loss(logits, logits)) == pytest.approx(0.0, abs=1e-6)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=logits.flip(0))
+    )
+    assert float(distillation_loss(logits.flip(0), logits)) == pytest.approx(float(expected.mean()), rel=1e-5)
+
+
+def test_muon_learns_and_resumes():
+    def problem():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
+        return net, MuonAdamW(net, lr=0.02), torch.randn(32, 6), torch.randn(32, 3)
+
+    def step(net, optimizer, x, y):
+        loss = (net(x) - y).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    net, optimizer, x, y = problem()
+    losses = [step(net, optimizer, x, y) for _ in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
+    other, resumed, *_ = problem()
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert step(other, resumed, x, y) == step(net, optimizer, x, y)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
+    schedule.step()
+    assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.01}
+
+
+def test_corpora(tmp_path):
+    path = tmp_path / "prose.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i), "text": PROSE}) + "\n" for i in range(5)), encoding="utf-8")
+    documents = read_corpus(path, max_chars=2 * len(PROSE))
+    assert len(documents) == 2
+    (shuffled,) = shuffled_documents(documents, 0.4)
+    assert sorted(shuffled.text.split()) == sorted(PROSE.split())
+    assert shuffled.text != PROSE
+    assert shuffled.shuffled
+    with pytest.raises(DataError, match="cannot be read"):
+        read_corpus(tmp_path / "none.jsonl")
+
+
+def test_a_conversation_is_drawn_as_its_history_is():
+    (conversation,) = read_conversations(find_data("chitchat/heldout.jsonl"), max_conversations=1).conversations
+    document = conversation_document(conversation)
+    assert document.text == history_text(conversation.messages)
+    assert [document.text[start:end] for _, start, end in document.turns] == [m.content for m in conversation.messages]
+    assert all(document.text[cut - 1] == "\n" for cut in document.cuts)
+
+
+CONFIG = {
+    "encoder": {"name": "pp-ocr", "settings": {"steps_per_token": 20}},
+    "page": PAGE,
+    "memory": {"header": ""},
+    "projection": {"kind": "attention", "num_layers": 1, "pieces": 4, "gain": True},
+    "optimizer": "muon",
+    "objectives": {
+        "corpora": ["wiki-leads/train.jsonl", "chitchat/train.jsonl"],
+        "eval_corpora": ["wiki-leads/heldout.jsonl"],
+        "max_chars": 3000,
+        "shuffled": 0.3,
+        "warm_start_steps": 2,
+        "packed_length": 512,
+        "log_memory_steps": 2,
+        "stages": [
+            {"steps": 1, "max_units": 1, "pieces": 1},
+            {
+                "steps": 2,
+                "max_units": 1,
+                "tasks": {"reconstruction": 1, "recall": 1, "reply": 1},
+                "distillation": 0.5,
+            },
+        ],
+    },
+    "training": {
+        "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1, "eval_steps": 5, "save_steps": 3, "seed": 0,
+        "disable_tqdm": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_with_objectives_learns_and_resumes_exactly(tmp_path):
+    def config(name):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**CONFIG, "output_dir": str(tmp_path / name)}))
+        return load_train_config(path, [f"feature_cache={tmp_path / 'features'}"])
+
+    whole = train(config("whole"))
+    names = {key for entry in whole.log_history for key in entry}
+    assert {"warm_start", "reconstruction_loss", "distillation", "memory_varies", "wrong_page_loss"} <= names
+    assert {"eval_reconstruction-1_accuracy", "eval_reconstruction-1-pieces-1_loss_wrong_page"} <= names
+    manifest = read_manifest(whole.adapter)
+    assert manifest["steps"] == 5
+    assert len(manifest["documents"]) >= 3
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "adapter")
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-5", ignore_errors=True)
+    (tmp_path / "killed" / "train_config.yaml").unlink()
+    again = train(config("killed"))
+    assert again.resumed_from == 3
+    first, second = (load_file(result.adapter / "adapter.safetensors") for result in (whole, again))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "message"),
+    [
+        (
+            {"stages": [{"steps": 1, "max_units": 1, "pieces": 3}]},
+            "pieces=3, which does not divide projection.pieces=4",
+        ),
+    ],
+)
+def test_pieces_that_do_not_divide_are_refused(objectives, message, bank, frame, encoders):
+    values = {**CONFIG, "output_dir": "x", "objectives": {**CONFIG["objectives"], **objectives}}
+    from ocrmem.config.loader import from_mapping
+
+    config = from_mapping(TrainConfig, values, where="")
+    processor = MEMProcessor(frame.chat_format.tokenizer, encoder=encoders[0], memory=MemorySettings(header=""))
+    with pytest.raises(ConfigError, match=message):
+        samplers(bank, config, frame, processor)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stages": [{"steps": 0, "max_units": 1}]}, "steps=0: expected 1 or more"),
+        ({"stages": [{"steps": 1, "min_units": 3, "max_units": 2}]}, "min_units=3 and max_units=2"),
+        ({"stages": [{"steps": 1, "max_units": 2, "tasks": {"sing": 1}}]}, "unknown tasks .'sing'."),
+        ({"stages": []}, "at least one file in `corpora` and one stage"),
+        ({"features": "pixels", "stages": [{"steps": 1, "max_units": 1}]}, "features"),
+        ({"stages": [{"steps": 1, "max_unit": 1}]}, "setting 'objectives.stages.max_unit'. Did you mean 'max_units'"),
+    ],
+)  # fmt: skip
+def test_bad_objectives_are_refused(values, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": "x", "objectives": {"corpora": ["a"], **values}}))
+    with pytest.raises(ConfigError, match=message):
+        load_train_config(path)
+
+
+def test_pack_gives_the_rivals_their_tokens(bank, sampler):
+    samples = [sampler.sample(np.random.default_rng(i), Stage(steps=1, max_units=2)) for i in range(2)]
+    row = pack(samples, sampler.bank, length=512, pad_token_id=0, features="mean-pooling")
+    assert row["slots"].shape[:2] == (2, row["units"].shape[1] * 10)
+    assert (row["slots"] >= 0).any()
