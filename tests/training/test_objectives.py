@@ -140,6 +140,13 @@ def test_a_bank_is_built_once_and_a_killed_build_is_not_read(documents, encoders
     assert torch.equal(build().features_UVE, first.features_UVE)
 
 
+def test_worker_processes_build_the_same_bank(documents, encoders, tokenizer, bank, tmp_path):
+    other = build_bank(documents, encoder=encoders[1], tokenizer=tokenizer, folder=tmp_path, num_workers=2)
+    assert torch.equal(other.features_UVE, bank.features_UVE)
+    assert np.array_equal(other.token_ids_T, bank.token_ids_T)
+    assert other.tails == bank.tails
+
+
 @pytest.mark.parametrize("task", ["reconstruction", "continuation", "recall", "cloze", "reply"])
 def test_samples_of_every_task(task, sampler, tokenizer):
     bank = sampler.bank

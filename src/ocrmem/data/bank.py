@@ -165,7 +165,8 @@ def bank_key(
 class _Drawn:
     """One document, drawn and tokenised by a worker."""
 
-    images_UHW: np.ndarray
+    images_UHW: torch.Tensor
+    """uint8; a tensor, because those come from worker processes through shared memory."""
     spans_U2: np.ndarray
     tokens_U: np.ndarray
     slot_chars_UV: np.ndarray
@@ -211,7 +212,9 @@ class _Drawer(Dataset[_Drawn]):
         encoding = self.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
         height = self.page.line_height * self.lines
         return _Drawn(
-            images_UHW=np.stack(images) if images else np.zeros((0, height, self.page.page_width), np.uint8),
+            images_UHW=torch.from_numpy(
+                np.stack(images) if images else np.zeros((0, height, self.page.page_width), np.uint8)
+            ),
             spans_U2=np.array(spans, dtype=np.int32).reshape(-1, 2),
             tokens_U=np.array([len(unit) for unit in slots], dtype=np.int16),
             slot_chars_UV=np.array(
@@ -306,7 +309,7 @@ def _write(
             first_unit.append(first_unit[-1] + len(drawn.spans_U2))
             first_token.append(first_token[-1] + len(drawn.token_ids))
             if encode:
-                waiting.append(drawn.images_UHW)
+                waiting.append(drawn.images_UHW.numpy())
                 if sum(map(len, waiting)) >= batch * per_page:
                     flush(False)
             if progress is not None:

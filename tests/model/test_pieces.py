@@ -1,0 +1,82 @@
+"""The projection's pieces and gain, and adapters stored at half the size."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+from ocrmem.config.projection import ProjectionSettings
+from ocrmem.errors import CheckpointError, ConfigError
+from ocrmem.model.adapter import load_projection, read_manifest
+from ocrmem.model.projection import Projection
+
+
+def projection(**settings):
+    torch.manual_seed(0)
+    values = {"kind": "attention", "num_layers": 1, "num_heads": 2, **settings}
+    return Projection(
+        ProjectionSettings(**values), feature_width=12, embedding_width=8, tokens_per_page=5, embedding_rms=0.1
+    )
+
+
+def test_fewer_pieces_to_a_token_give_the_tokens_in_between():
+    proj = projection(pieces=4)
+    features_PVE = torch.randn(2, 5, 12)
+    used = torch.tensor([5, 3])
+    whole = proj(features_PVE, used)
+    halves = proj(features_PVE.reshape(2, 10, 6), used * 2)
+    quarters = proj(features_PVE.reshape(2, 20, 3), used * 4)
+    assert (whole.shape, halves.shape, quarters.shape) == ((2, 5, 8), (2, 10, 8), (2, 20, 8))
+    torch.testing.assert_close(whole, halves[:, 1::2])
+    torch.testing.assert_close(whole, quarters[:, 3::4])
+
+
+def test_pieces_see_each_other_within_the_used_part_of_a_page_only():
+    proj = projection(pieces=4)
+    features_PVE = torch.randn(1, 5, 12)
+    used = torch.tensor([3])
+    before = proj(features_PVE, used)
+    changed = features_PVE.clone()
+    changed[0, 0, :3] += 1
+    assert not torch.allclose(proj(changed, used)[0, 2], before[0, 2]), "the first piece reaches the third token"
+    changed = features_PVE.clone()
+    changed[0, 3:] += 1
+    torch.testing.assert_close(proj(changed, used)[0, :3], before[0, :3])
+
+
+def test_the_gain_starts_at_the_embeddings_size_and_learns():
+    proj = projection(gain=True)
+    memory = proj(torch.randn(2, 5, 12))
+    torch.testing.assert_close(memory.pow(2).mean(-1).sqrt(), torch.full((2, 5), 0.1), rtol=1e-3, atol=1e-4)
+    memory.sum().backward()
+    assert proj.gain_D.grad.abs().sum() > 0
+    assert sum(p.numel() for p in proj.parameters()) == 8 + sum(p.numel() for p in projection().parameters())
+
+
+def test_pieces_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="pieces=5 does not divide the encoder's feature width 12"):
+        projection(pieces=5)
+    with pytest.raises(ConfigError, match="pieces=2 needs kind 'attention'"):
+        ProjectionSettings(kind="mlp", pieces=2)
+
+
+def test_an_adapter_of_half_the_size_loads_as_float32(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, matrix_dtype=torch.bfloat16, manifest={"documents": ["ab"], "steps": 3})
+    stored = load_file(tmp_path / "adapter.safetensors")
+    assert {value.dtype for value in stored.values() if value.ndim == 2} == {torch.bfloat16}
+    other = tiny_model(seed=5)
+    load_projection(other, tmp_path)
+    for key, value in other.proj.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, model.proj.state_dict()[key], rtol=1e-2, atol=1e-3)
+    assert read_manifest(tmp_path) == {"documents": ["ab"], "steps": 3}
+
+
+def test_a_broken_manifest_is_named(tmp_path):
+    assert read_manifest(tmp_path) == {}
+    (tmp_path / "training_manifest.json").write_text(json.dumps({"documents": []}))
+    with pytest.raises(CheckpointError, match="is no training manifest"):
+        read_manifest(tmp_path)
