@@ -18,7 +18,6 @@ from transformers import TrainerCallback, TrainingArguments
 from ocrmem.config.objectives import TASKS, Features, ObjectiveSettings
 from ocrmem.data.bank import Bank
 from ocrmem.errors import ConfigError
-from ocrmem.gradflow.callback import GradientFlowCallback
 from ocrmem.model.label_loss import cross_entropy_sum, labelled_positions
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.training.graphs import GraphedLayers
@@ -144,10 +143,9 @@ class ObjectiveTrainer(MEMTrainer):
             train_dataset=rows,
             eval_dataset=rows if eval_rows else None,  # `evaluate` reads eval_rows
             data_collator=unpacked,
-            gradient_check="off",
+            gradient_check=gradient_check,
             callbacks=callbacks,
         )
-        self.add_callback(GradientFlowCallback("proj", mode=gradient_check, prepare=self._forward_inputs))
         self.settings, self.source, self.eval_source = settings, source, eval_source or source
         self.eval_rows = eval_rows
         self._muon = optimizer == "muon"
@@ -171,8 +169,8 @@ class ObjectiveTrainer(MEMTrainer):
             inputs["features"] = self.source(inputs)
         return inputs
 
-    def _forward_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What `MEMModel.forward` takes of a row, for the gradient check."""
+    def check_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What `MEMModel.forward` takes of a row."""
         inputs = self._prepare_inputs(dict(inputs))
         return {key: inputs[key] for key in FORWARD_KEYS if key in inputs}
 

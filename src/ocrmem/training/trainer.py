@@ -124,9 +124,13 @@ class MEMTrainer(ExplainedTrainer):
             data_collator=data_collator,
             callbacks=[StopOnNonFinite(), *(callbacks or [])],
         )
-        self.add_callback(GradientFlowCallback("proj", mode=gradient_check, prepare=self._prepare_inputs))
+        self.add_callback(GradientFlowCallback("proj", mode=gradient_check, prepare=self.check_inputs))
         self.feature_store = feature_store
         self._feature_dtype = getattr(torch, model.config.memory_settings.feature_dtype)
+
+    def check_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the gradient check runs the model on, of a batch."""
+        return self._prepare_inputs(inputs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device, its pages replaced by their features."""
