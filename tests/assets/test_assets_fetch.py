@@ -46,7 +46,7 @@ def test_download_on_first_use_then_from_the_cache(index):
     path, said = get(asset)
     assert path.read_bytes() == CONTENT
     assert path.name == "data.bin"
-    assert said[0] == "tiny: downloading ocrmem-test-asset==1.0 (0 MB unpacked)"
+    assert said[0] == "tiny: downloading ocrmem-test-asset 1.0 (0 MB unpacked)"
     assert said[1] == "tiny: CC0-1.0; made by the test"
     wheel.unlink()
     assert get(asset) == (path, [])
@@ -358,5 +358,23 @@ def test_names():
         "pp-ocrv6-small-rec",
         "chitchat",
         "wiki-leads",
+        "long-prose",
         "noto-sans-sc",
     ]
+
+
+def test_npm_that_is_not_there(index, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    with pytest.raises(AssetError, match=r"'tiny' comes from npm, and there is no `npm` here. Install Node.js, or run"):
+        get(tiny_asset(CONTENT, registry="npm", member="tiny-1.0.tgz"))
+    assert leftovers() == []
+
+
+def test_npm_that_fails(index, monkeypatch):
+    npm = index / "npm"
+    npm.write_text("#!/bin/sh\necho 'npm error code E404' >&2\nexit 1\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{index}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(AssetError, match=r"could not download ocrmem-test-asset@1.0 \(exit status 1\): npm error code"):
+        get(tiny_asset(CONTENT, registry="npm", member="tiny-1.0.tgz"))
+    assert leftovers() == []

