@@ -170,7 +170,8 @@ def test_samples_of_every_task(task, sampler, tokenizer):
         if task == "cloze":
             assert "____" in prompt
             assert all(answer in text_of(bank, sample) for answer in answers)
-        if task != "reconstruction":
+        assert (sample.teacher_ids_T is not None) == (task in ("continuation", "reply"))
+        if sample.teacher_ids_T is not None:
             assert text_of(bank, sample).strip() in tokenizer.decode(sample.teacher_ids_T)
             labels = sample.input_ids_T[sample.labelled_T]
             assert np.array_equal(labels, sample.teacher_ids_T[sample.teacher_labelled_T])

@@ -28,7 +28,7 @@ class Stage:
     """Pieces to one memory token, a divisor of `projection.pieces`: less compression than at the end, for a start at
     which the frozen LLM can read what it is given. None: all of them."""
     tasks: dict[str, float] = field(default_factory=lambda: {"reconstruction": 1.0})
-    """Shares of the label tokens, by task: `reconstruction` (repeat the text), `continuation` (what follows), `recall`
+    """Shares of the samples, by task: `reconstruction` (repeat the text), `continuation` (what follows), `recall`
     (what came after a quoted half sentence), `cloze` (fill a gap), `reply` (an assistant's turn in a conversation).
     They need not add up to 1."""
     distillation: float = 0.0

@@ -29,6 +29,9 @@ except ImportError:  # the arms that need it are left out, and named
 SNIPPET = regex.compile(r"[^\n.!?]*[\n.!?]+[\"')\]]*\s*|[^\n.!?]+$")
 """A sentence or line: what the retriever returns."""
 
+PAGES_AT_ONCE = 64
+"""Pages drawn into one tensor for the encoder."""
+
 
 @dataclass(frozen=True, eq=False)
 class Context:
@@ -76,7 +79,7 @@ class Contexts:
         clean = processor.chat_format.clean
         encoded = tokenizer([clean(probe.history) for probe in probes], add_special_tokens=False)
         self.history_ids: list[list[int]] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
-        self.memories = [self._memory(probe.history) for probe in probes]
+        self.memories = self._memories([probe.history for probe in probes])
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -142,19 +145,33 @@ class Contexts:
             left -= len(kept[number])
         return [token for number in sorted(kept) for token in kept[number]]
 
-    def _memory(self, history: str) -> Context:
+    def _memories(self, histories: Sequence[str]) -> list[Context]:
         processor = self.processor
         encoder = processor.encoder
-        pages = processor.pages(history)
-        features = encode_pages(
-            encoder,
-            stack_pages(pages, encoder),
-            [processor.page_key(history[page.text_start : page.text_end]) for page in pages],
-            store=processor.store,
-            dtype=processor.feature_dtype,
-            device=self.device,
-        )
-        return Context(features_PVE=features.cpu(), page_num_tokens=[encoder.num_tokens(page) for page in pages])
+        pages = [processor.pages(history) for history in histories]
+        keys = [
+            processor.page_key(history[page.text_start : page.text_end])
+            for history, drawn in zip(histories, pages, strict=True)
+            for page in drawn
+        ]
+        flat = [page for drawn in pages for page in drawn]
+        shape = (0, encoder.tokens_per_page, encoder.feature_width)
+        parts = [torch.zeros(shape, dtype=processor.feature_dtype)]
+        for begin in range(0, len(flat), PAGES_AT_ONCE):
+            features_PVE = encode_pages(
+                encoder,
+                stack_pages(flat[begin : begin + PAGES_AT_ONCE], encoder),
+                keys[begin : begin + PAGES_AT_ONCE],
+                store=processor.store,
+                dtype=processor.feature_dtype,
+                device=self.device,
+            )
+            parts.append(features_PVE.cpu())
+        split = torch.cat(parts).split([len(drawn) for drawn in pages])
+        return [
+            Context(features_PVE=features_PVE, page_num_tokens=[encoder.num_tokens(page) for page in drawn])
+            for features_PVE, drawn in zip(split, pages, strict=True)
+        ]
 
 
 def arms_left_out() -> list[tuple[str, str]]:

@@ -111,7 +111,7 @@ ROWS = {
         "ratio": "number",
         "n": "count",
         "token_accuracy": "interval",
-        "cer": "interval",
+        "cer": "interval?",
         "identifier_recall": "interval?",
     },
     "using": {
@@ -375,8 +375,9 @@ def _reading_figure(rows: Sequence[Row]) -> Figure:
             line = [row for row in rows if (row["arm"], row["source"], row["num_chars"]) == (arm, source, length)]
             line.sort(key=lambda row: row["ratio"])
             for panel, key in zip(panels[:, column], ("token_accuracy", "cer"), strict=True):
-                means, errors = _with_errors(row[key] for row in line)
-                panel.errorbar([row["ratio"] for row in line], means, errors, **style)
+                known = [row for row in line if row[key] is not None]
+                means, errors = _with_errors(row[key] for row in known)
+                panel.errorbar([row["ratio"] for row in known], means, errors, **style)
         panels[0, 0].plot([], [], label=f"{arm}, {source}", marker=style["marker"], color=style["color"])
     for column, length in enumerate(lengths):
         panels[0, column].set_title(f"{length:,} characters", fontsize=10)

@@ -185,11 +185,13 @@ class _Run:
     def _read(self, arm: str, source: str, chars: int, found: list[Probe], contexts: Contexts) -> dict[str, Any]:
         chosen = [contexts.context(arm, i) for i in range(len(found))]
         prompts = [make_prompt(p, c, self.processor.chat_format) for p, c in zip(found, chosen, strict=True)]
-        scorer = self._scorer(f"reading {chars} {source}: {arm}", 2 * len(prompts))
+        scorer = self._scorer(f"reading {chars} {source}: {arm}", len(prompts) * (1 + (arm != "none")))
         _, accuracy = scorer.score(prompts)
-        room = [int(READING_ROOM * len(prompt.target)) + 4 for prompt in prompts]
-        answers = scorer.answer(prompts, max_new_tokens=room)
-        pairs = list(zip(answers, [probe.target for probe in found], strict=True))
+        pairs: list[tuple[str, str]] = []
+        if arm != "none":  # there is nothing to repeat
+            room = [int(READING_ROOM * len(prompt.target)) + 4 for prompt in prompts]
+            answers = scorer.answer(prompts, max_new_tokens=room)
+            pairs = list(zip(answers, [probe.target for probe in found], strict=True))
         seed = self.settings.seeds[0]
         ratio = statistics.fmean(
             len(ids) / max(1, context.num_tokens + self.separators)
@@ -204,11 +206,12 @@ class _Run:
             "ratio": ratio if arm == "memory" else 1.0,
             "n": len(found),
             "token_accuracy": metrics.mean_interval(accuracy, seed=seed).as_json(),
-            "cer": metrics.mean_interval([metrics.character_error_rate(a, t) for a, t in pairs], seed=seed).as_json(),
-            "identifier_recall": metrics.mean_interval(
-                [_or_nan(metrics.identifier_recall(a, t)) for a, t in pairs], seed=seed
-            ).as_json(),
+            "cer": self._interval([metrics.character_error_rate(a, t) for a, t in pairs]),
+            "identifier_recall": self._interval([_or_nan(metrics.identifier_recall(a, t)) for a, t in pairs]),
         }
+
+    def _interval(self, values: list[float]) -> dict[str, Any] | None:
+        return metrics.mean_interval(values, seed=self.settings.seeds[0]).as_json() if values else None
 
     @property
     def separators(self) -> int:

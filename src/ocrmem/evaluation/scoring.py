@@ -5,7 +5,7 @@ Letters besides those of `types`: N labelled positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,10 @@ from ocrmem.model.label_loss import IGNORE_INDEX, at_positions, labelled_positio
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.types import Message
 
-BATCH_POSITIONS = 16384
-"""Positions of one batch, padding included."""
+BATCH_POSITIONS = {"cpu": 16384, "cuda": 65536}
+"""Positions of one batch to score, padding included, by device."""
+ANSWER_POSITIONS = {"cpu": 16384, "cuda": 262144}
+"""Positions of one batch to answer: a step for each token takes as long for many answers as for few."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,7 @@ class Scorer:
     def score(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
         """Cross entropy in nats per token, and token accuracy, of each prompt's target, teacher-forced."""
         losses, accuracies = np.zeros(len(prompts)), np.zeros(len(prompts))
-        for indices in self._batches(prompts, with_target=True):
+        for indices in self._batches(prompts, BATCH_POSITIONS, with_target=True):
             chosen = [prompts[i] for i in indices]
             batch = self._batch(chosen, with_target=True, pad_left=False)
             embeds_BSD = self._embeds(batch, chosen)
@@ -105,7 +107,9 @@ class Scorer:
     def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: Sequence[int]) -> list[str]:
         """Greedy answers, each at most so many tokens long."""
         answers = [""] * len(prompts)
-        for indices in self._batches(prompts, with_target=False, extra=max(max_new_tokens, default=0)):
+        for indices in self._batches(
+            prompts, ANSWER_POSITIONS, with_target=False, extra=max(max_new_tokens, default=0)
+        ):
             chosen = [prompts[i] for i in indices]
             batch = self._batch(chosen, with_target=False, pad_left=True)
             longest = max(max_new_tokens[i] for i in indices)
@@ -123,13 +127,16 @@ class Scorer:
             self.advance(len(chosen))
         return answers
 
-    def _batches(self, prompts: Sequence[Prompt], *, with_target: bool, extra: int = 0) -> Iterator[list[int]]:
+    def _batches(
+        self, prompts: Sequence[Prompt], most: Mapping[str, int], *, with_target: bool, extra: int = 0
+    ) -> Iterator[list[int]]:
         """Indices, prompts of like length together."""
         token = self.processor.memory_token_id
+        limit = most.get(self.device.type, most["cpu"])
         lengths = [len(prompt.ids(token, with_target=with_target)) + extra for prompt in prompts]
         batch: list[int] = []
         for index in sorted(range(len(prompts)), key=lambda i: lengths[i]):
-            if batch and (len(batch) + 1) * lengths[index] > BATCH_POSITIONS:
+            if batch and (len(batch) + 1) * lengths[index] > limit:
                 yield batch
                 batch = []
             batch.append(index)

@@ -7,6 +7,7 @@ labels; where samples are distilled, once more over their full text for the teac
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -151,6 +152,7 @@ class ObjectiveTrainer(MEMTrainer):
         self._muon = optimizer == "muon"
         self._compiled = False
         self._sums: dict[str, list[torch.Tensor]] = {}
+        self._labels, self._since = 0, time.perf_counter()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """In order: a row's number says its step."""
@@ -193,6 +195,7 @@ class ObjectiveTrainer(MEMTrainer):
             self._note("warm_start", loss)
             self._note_memory(inputs)
             return loss
+        self._labels += inputs["task_of_label"].numel()
         weight = inputs.get("distillation", 0.0)
         # First the teacher: a graph's replay for the student must be the last before the backward.
         teacher_NC = teacher_logits(self.model, inputs) if weight and "teacher_input_ids" in inputs else None
@@ -236,7 +239,9 @@ class ObjectiveTrainer(MEMTrainer):
         """Trainer's log, with the means of what was noted since the last one."""
         if "loss" in logs:
             logs = {**logs, **{name: float(torch.stack(values).mean()) for name, values in self._sums.items()}}
-            self._sums = {}
+            now = time.perf_counter()
+            logs["label_tokens_per_second"] = self._labels / (now - self._since)
+            self._sums, self._labels, self._since = {}, 0, now
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
@@ -255,6 +260,7 @@ class ObjectiveTrainer(MEMTrainer):
         finally:
             self.source = source
             self.model.train(was_training)
+            self._labels, self._since = 0, time.perf_counter()
         right = [value for key, value in metrics.items() if key.endswith("_loss")]
         metrics[f"{metric_key_prefix}_loss"] = sum(right) / max(1, len(right))
         self.log(metrics)

@@ -19,7 +19,7 @@ from ocrmem.data.collator import MEMCollator
 from ocrmem.data.samples import MEMDataset
 from ocrmem.errors import ConfigError
 from ocrmem.files import write_text
-from ocrmem.model.adapter import default_card
+from ocrmem.model.adapter import default_card, read_manifest
 from ocrmem.training.build import (
     build_dataset,
     build_eval_dataset,
@@ -154,16 +154,18 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def training_manifest(rows: PackedRows, config: TrainConfig, *, steps: int) -> dict[str, Any]:
-    """What an adapter was trained on: the first 16 hex digits of the hash of every document, and the files' names.
+    """What an adapter was trained on: the first 16 hex digits of the hash of every document, and the files' names;
+    with those of the adapter that the run started from.
 
     `ocrmem eval` refuses text whose hash is listed.
     """
     assert config.objectives is not None
     bank = next(iter(rows.samplers.values())).bank
+    before = read_manifest(Path(config.adapter)) if config.adapter is not None else {}
     return {
-        "documents": sorted(value[:16] for value in bank.hashes()),
-        "corpora": list(config.objectives.corpora),
-        "steps": steps,
+        "documents": sorted({*before.get("documents", ()), *(value[:16] for value in bank.hashes())}),
+        "corpora": sorted({*before.get("corpora", ()), *config.objectives.corpora}),
+        "steps": before.get("steps", 0) + steps,
     }
 
 

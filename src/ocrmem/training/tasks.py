@@ -292,9 +292,7 @@ class TaskSampler:
                 answers = [
                     (question, self.frame.ids(self.frame.chat_format.clean(answer))) for question, answer in turns
                 ]
-                return self._build(
-                    task, document, self._units(document, first, stop), (start, end), answers, distil=True
-                )
+                return self._build(task, document, self._units(document, first, stop), (start, end), answers)
         return None
 
     def _replies(self, document: int, cut: int) -> list[int]:
