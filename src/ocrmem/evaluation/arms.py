@@ -10,6 +10,7 @@ of a probe is the number of memory tokens that its history takes, and no arm but
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ try:
     import bm25s
 except ImportError:  # the arms that need it are left out, and named
     bm25s = None
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index at DEBUG, and sets its own level
 
 SNIPPET = regex.compile(r"[^\n.!?]*[\n.!?]+[\"')\]]*\s*|[^\n.!?]+$")
 """A sentence or line: what the retriever returns."""
