@@ -20,6 +20,7 @@ def command(
     reading_chars: Annotated[
         str, typer.Option(help="Lengths of the texts to reconstruct, in characters.")
     ] = "256,1024,4096",
+    parts: Annotated[str, typer.Option(help="Which parts to run.")] = "reading,using,cost",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Type of the LLM: float32, bfloat16. None: as stored.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -41,7 +42,9 @@ def command(
         lengths = tuple(int(part) for part in reading_chars.split(","))
     except ValueError:
         raise ConfigError(f"--reading-chars {reading_chars}: expected numbers, such as 256,1024,4096.") from None
-    settings = EvalSettings(samples=samples, next_turn_samples=next_turn_samples, reading_chars=lengths)
+    settings = EvalSettings(
+        samples=samples, next_turn_samples=next_turn_samples, reading_chars=lengths, parts=tuple(parts.split(","))
+    )
     with Progress(console=_stderr(), transient=True) as bars:
         bar = bars.add_task("", total=None)
         results = evaluate(

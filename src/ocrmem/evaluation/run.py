@@ -38,6 +38,8 @@ READING_ROOM = 1.25
 """A greedy reconstruction may have so many times the tokens of its target."""
 ANSWERED = ("none", "full-text", "bm25", "memory", "shuffled-memory")
 """Arms whose answers are generated and read; the others are scored by cross entropy alone."""
+PARTS = ("reading", "using", "cost")
+"""What an evaluation consists of."""
 LEFT_OUT = (  # arms that no evaluation of one adapter can have
     ("llmlingua-2", "its model is in no package registry, so it could not be had"),
     ("mean-pooling", "no trained projection was given"),
@@ -49,6 +51,8 @@ LEFT_OUT = (  # arms that no evaluation of one adapter can have
 class EvalSettings:
     """How much is asked."""
 
+    parts: tuple[str, ...] = PARTS
+    """Which of `PARTS` are run; the others stay empty."""
     samples: int = 400
     """Probes of cued recall and of cloze questions, each; a fourth of that for each length of reading."""
     next_turn_samples: int = 2000
@@ -67,6 +71,8 @@ class EvalSettings:
     """Held-out documents with titles."""
 
     def __post_init__(self) -> None:
+        if not self.parts or set(self.parts) - set(PARTS):
+            raise ConfigError(f"parts {', '.join(self.parts) or 'none'}: expected some of {', '.join(PARTS)}.")
         if min(self.samples, self.next_turn_samples, *self.reading_chars) < 1 or not self.seeds:
             raise ConfigError("an evaluation needs at least one sample, and at least one seed.")
 
@@ -101,8 +107,8 @@ def evaluate(
     manifest = read_manifest(adapter)
     check_held_out(documents, conversations, manifest.get("documents", ()))
     run = _Run(model, processor, settings, progress)
-    reading = run.reading(documents, conversations)
-    using = run.using(documents, conversations)
+    reading = run.reading(documents, conversations) if "reading" in settings.parts else []
+    using = run.using(documents, conversations) if "using" in settings.parts else []
     results = {
         "schema": SCHEMA,
         "command": " ".join(["ocrmem", *sys.argv[1:]]),
@@ -122,7 +128,7 @@ def evaluate(
         },
         "reading": reading,
         "using": using,
-        "cost": run.cost(conversations),
+        "cost": run.cost(conversations) if "cost" in settings.parts else [],
         "left_out": [{"arm": arm, "reason": reason} for arm, reason in (*LEFT_OUT, *arms_left_out())],
     }
     return check_schema(json.loads(json.dumps(results)), source="results")
