@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -10,8 +11,21 @@ from transformers import PreTrainedConfig
 from ocrmem.config.encoder import EncoderSettings
 from ocrmem.config.loader import from_mapping
 from ocrmem.config.memory import MemorySettings
+from ocrmem.config.objectives import Features
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.config.render import RenderSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RivalRecord:
+    """What a trained rival of the memory is: `training.rivals` reads it, and an adapter folder records it."""
+
+    kind: Features
+    """`mean-pooling` or `convolution`."""
+    pieces: int
+    """`projection.pieces` of the memory that it rivals: memory tokens of the finest stage to one of the last."""
+    tokens_per_page: int
+    """Memory tokens of a full page at the last stage, as many as the encoder makes."""
 
 
 class MEMConfig(PreTrainedConfig):
@@ -38,6 +52,8 @@ class MEMConfig(PreTrainedConfig):
     """The placeholder's text in the LLM's vocabulary."""
     memory_token_id: int | None = None
     """The placeholder's id; memory tokens take its places in `input_ids`."""
+    rival: dict[str, Any] | None = None
+    """`RivalRecord` of a trained rival, which reads text tokens in place of pages; None: a memory."""
     ocrmem_version: str | None = None
     """Version of the package that wrote the adapter."""
 
@@ -51,6 +67,7 @@ class MEMConfig(PreTrainedConfig):
         projection: ProjectionSettings,
         memory_token: str,
         memory_token_id: int,
+        rival: RivalRecord | None = None,
     ) -> MEMConfig:
         """Build from the checked dataclasses; identities are filled in when the model is built."""
         return cls(
@@ -60,6 +77,7 @@ class MEMConfig(PreTrainedConfig):
             projection=dataclasses.asdict(projection),
             memory_token=memory_token,
             memory_token_id=memory_token_id,
+            rival=None if rival is None else dataclasses.asdict(rival),
         )
 
     @property
@@ -81,3 +99,8 @@ class MEMConfig(PreTrainedConfig):
     def projection_settings(self) -> ProjectionSettings:
         """The projection section."""
         return from_mapping(ProjectionSettings, self.projection or {}, where="projection")
+
+    @property
+    def rival_record(self) -> RivalRecord | None:
+        """The rival section; None: a memory."""
+        return None if self.rival is None else from_mapping(RivalRecord, self.rival, where="rival")

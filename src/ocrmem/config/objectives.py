@@ -73,7 +73,8 @@ class ObjectiveSettings:
     """Positions of one packed row; a step has `per_device_train_batch_size` of them."""
     features: Features = "ocr"
     """What the projection reads: pages, or for the trained rivals of an evaluation the text tokens themselves,
-    averaged (`mean-pooling`) or side by side (`convolution`: kernel and stride are the tokens of one memory token)."""
+    averaged (`mean-pooling`) or side by side (`convolution`: kernel and stride are the tokens of one memory token, or
+    of one of its `projection.pieces`)."""
     compile: bool = False
     """Compile the LLM's layers and the loss. Pays on a GPU after a minute."""
     features_on_device: bool = False

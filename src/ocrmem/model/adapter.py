@@ -17,7 +17,7 @@ from ocrmem import __version__
 from ocrmem.assets.fetch import resolve
 from ocrmem.config.llm import LLMSettings
 from ocrmem.config.loader import from_mapping
-from ocrmem.config.mem import MEMConfig
+from ocrmem.config.mem import MEMConfig, RivalRecord
 from ocrmem.encoders.base import OCREncoder
 from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import AssetError, CheckpointError
@@ -105,11 +105,18 @@ def load(
         attn_implementation: attention kernel of the LLM, by its transformers name.
 
     Raises:
-        CheckpointError: the folder or a file in it is missing, truncated, or does not fit.
+        CheckpointError: the folder or a file in it is missing, truncated, or does not fit; or it is a trained rival,
+            which only an evaluation can use.
         AdapterMismatchError: the LLM or the encoder is not the one that the adapter was made for.
     """
     folder = _find(folder)
     config = read_config(folder)
+    if config.rival_record is not None and ocr_embed is None:
+        kind = config.rival_record.kind
+        raise CheckpointError(
+            f"{str(folder)!r} is a trained rival of a memory ({kind}): it reads the text's own tokens, and no pages. "
+            f"Load an adapter that reads pages; compare the two with `ocrmem eval ADAPTER --rival {kind}={folder}`."
+        )
     wanted_llm: LLMIdentity = from_config(LLMIdentity, config.llm, where="llm")
     wanted_encoder: EncoderIdentity = from_config(EncoderIdentity, config.encoder_identity, where="encoder_identity")
     if ocr_embed is None:
@@ -238,6 +245,8 @@ def default_card(config: MEMConfig) -> str:
     """A model card that says what the adapter is for, and that nothing was measured."""
     llm: dict[str, Any] = config.llm or {}
     encoder: dict[str, Any] = config.encoder_identity or {}
+    if config.rival_record is not None:
+        return _rival_card(llm, config.rival_record)
     return f"""---
 library_name: ocrmem
 base_model: {llm.get("name")}
@@ -258,4 +267,19 @@ processor = MEMProcessor.from_model(model)
 Measured figures: none were recorded when this adapter was saved.
 
 [ocrmem]: https://pypi.org/project/ocrmem/
+"""
+
+
+def _rival_card(llm: dict[str, Any], rival: RivalRecord) -> str:
+    return f"""---
+library_name: ocrmem
+base_model: {llm.get("name")}
+---
+# Rival of a visual memory for {llm.get("name")}: {rival.kind}
+
+A trained rival for `ocrmem eval ADAPTER --rival {rival.kind}="this folder"`: a projection from the text's own token
+embeddings to {rival.tokens_per_page} memory tokens a page of the frozen LLM `{llm.get("name")}` (revision
+`{llm.get("revision")}`, width {llm.get("hidden_size")}). It reads no pages.
+
+Measured figures: none were recorded when this adapter was saved.
 """

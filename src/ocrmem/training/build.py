@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ocrmem.assets.cache import cache_dir
 from ocrmem.assets.fetch import asset_names, resolve
 from ocrmem.config.loader import from_mapping, nearest
-from ocrmem.config.mem import MEMConfig
+from ocrmem.config.mem import MEMConfig, RivalRecord
 from ocrmem.config.objectives import Features
 from ocrmem.config.render import RenderSettings
 from ocrmem.config.train import TRAINING_DEFAULTS, DataSettings, TrainConfig
@@ -30,7 +30,7 @@ from ocrmem.model.adapter import load_projection
 from ocrmem.model.identity import embedding_weight
 from ocrmem.model.llm import load_llm, load_tokenizer
 from ocrmem.model.mem_model import MEMModel
-from ocrmem.training.rivals import RivalEncoder
+from ocrmem.training.rivals import RivalEncoder, rival_projection
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,11 @@ def build_model(config: TrainConfig, *, rival: Features | None = None) -> tuple[
     llm, revision = load_llm(config.llm)
     tokenizer = load_tokenizer(config.llm.name)
     encoder = build_encoder(config.encoder, page=page_settings(config))
+    projection, record = config.projection, None
     if rival is not None:
-        encoder = RivalEncoder(encoder, rival, embedding_weight(llm).shape[1])
+        record = RivalRecord(kind=rival, pieces=projection.pieces, tokens_per_page=encoder.tokens_per_page)
+        projection = rival_projection(projection, record)
+        encoder = RivalEncoder(encoder, record, embedding_weight(llm).shape[1])
     token, token_id = choose_memory_token(
         tokenizer, memory_token=config.memory_token, vocab_size=embedding_weight(llm).shape[0]
     )
@@ -55,9 +58,10 @@ def build_model(config: TrainConfig, *, rival: Features | None = None) -> tuple[
         encoder=config.encoder,
         page=encoder.page,
         memory=config.memory,
-        projection=config.projection,
+        projection=projection,
         memory_token=token,
         memory_token_id=token_id,
+        rival=record,
     )
     model = MEMModel(mem_config, base_llm_model=llm, ocr_embed=encoder, llm_name=config.llm.name, llm_revision=revision)
     if config.adapter is not None:

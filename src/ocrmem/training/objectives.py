@@ -74,7 +74,8 @@ def text_features(slots_PVT: torch.Tensor, embedding: torch.nn.Module, kind: Fea
     """What a trained rival's projection reads of each memory token: the embeddings of its text tokens.
 
     `mean-pooling` gives their mean [P, V, D]; `convolution` all of them side by side [P, V, tokens × D], so that the
-    projection's first layer is a convolution whose kernel and stride are one memory token. Scaled to unit RMS.
+    projection's first layer is a convolution whose kernel and stride are one memory token, or one piece of it where
+    the projection has several. Scaled to unit RMS.
     """
     present = (slots_PVT >= 0)[..., None]
     embeds = embedding(slots_PVT.clamp(min=0).long()).float() * present

@@ -20,7 +20,10 @@ from ocrmem.model.label_loss import IGNORE_INDEX
 from ocrmem.training.tasks import Sample, TaskSampler
 
 TOKENS_PER_SLOT = 8
-"""Most text tokens of one memory token that a rival is given; what is beyond is left out."""
+"""Most text tokens under one memory token that are kept; what is beyond is left out."""
+TOKENS_PER_PIECE = 2
+"""The same for one piece, where a convolution has several to a memory token. It does not depend on their number, so
+that a rival of more pieces goes on from one of fewer, as a memory does."""
 TOO_LONG = 3
 """Samples that may fail to fit before a row is closed."""
 
@@ -44,6 +47,7 @@ class PackedRows(Dataset[dict[str, Any]]):
     ) -> None:
         self.samplers, self.settings, self.seed = samplers, settings, seed
         self.rows_per_step, self.pad_token_id = rows_per_step, pad_token_id
+        self.whole = max(samplers)
 
     def __len__(self) -> int:
         return self.settings.total_steps * self.rows_per_step
@@ -52,7 +56,7 @@ class PackedRows(Dataset[dict[str, Any]]):
         stage = self.settings.stage_at(index // self.rows_per_step)
         rng = np.random.default_rng([self.seed, index])
         drawn = stage or self.settings.stages[0]
-        pieces = drawn.pieces or max(self.samplers)
+        pieces = drawn.pieces or self.whole
         sampler = self.samplers[pieces]
         batch = self.pack(
             fill(lambda: sampler.sample(rng, drawn), self.settings.packed_length), pieces, slots=stage is None
@@ -69,6 +73,7 @@ class PackedRows(Dataset[dict[str, Any]]):
             length=self.settings.packed_length,
             pad_token_id=self.pad_token_id,
             features=self.settings.features,
+            pieces=pieces if self.whole > 1 else None,
             slots=slots,
         )
         batch["pieces"] = pieces
@@ -103,14 +108,20 @@ def pack(
     length: int,
     pad_token_id: int,
     features: Features = "ocr",
+    pieces: int | None = None,
     slots: bool = False,
 ) -> dict[str, Any]:
     """One packed row.
 
+    Args:
+        pieces: to a memory token of the bank, for `rival_slots`.
+        slots: give `slots` although the features are those of pages.
+
     Returns:
         `input_ids`, `labels`, `position_ids` int64 [1, length]; `cu_seq_lens_q` int32; `max_length_q`;
         `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has
-        none; for a rival, and where asked for, `slots` int32 [P, V, tokens] of token ids, -1 where there is none;
+        none; for a rival `slots` int32 [P, V, tokens] as `rival_slots` gives them, and where asked for, those under the
+        memory tokens' pixels;
         `task_of_label` int64 [N], the index in `TASKS`; and where samples are distilled `teacher_…` of the same kind,
         with `distilled` bool [N].
     """
@@ -133,8 +144,10 @@ def pack(
     width = max(map(len, units))
     units_PU = np.array([page + [-1] * (width - len(page)) for page in units], dtype=np.int64)
     batch["units"] = torch.from_numpy(units_PU)
-    if slots or features != "ocr":
-        batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=features != "ocr"))
+    if features != "ocr":
+        batch["slots"] = torch.from_numpy(rival_slots(bank, units_PU, features, pieces=pieces))
+    elif slots:
+        batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=False))
     distilled = [s for s in samples if s.teacher_ids_T is not None]
     if distilled:
         teacher = _row(
@@ -172,15 +185,42 @@ def _row(pieces: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad_token
     }
 
 
-def token_slots(bank: Bank, units_PU: np.ndarray, *, evenly: bool) -> np.ndarray:
-    """Token ids under each memory token, int32 [P, V, `TOKENS_PER_SLOT`], -1 where there is none.
+def rival_slots(bank: Bank, units_PU: np.ndarray, kind: Features, *, pieces: int | None) -> np.ndarray:
+    """Token ids that a trained rival reads for each memory token, int32 [P, V, tokens], -1 where there is none.
+
+    The text tokens of a unit are dealt out evenly, in order: by `mean-pooling` over its memory tokens, by
+    `convolution` over their pieces, those of a piece side by side, so that tokens = pieces × `TOKENS_PER_PIECE`.
 
     Args:
-        evenly: deal the text tokens of a unit out evenly, in order, over its memory tokens, as a rival does;
-            otherwise each goes to the memory token under whose pixels it begins.
+        bank: at the stage's granularity.
+        pieces: to one of the bank's memory tokens; None: the projection knows no pieces.
+    """
+    if kind == "mean-pooling" or pieces is None:
+        return token_slots(bank, units_PU, evenly=True)
+    return token_slots(bank, units_PU, evenly=True, pieces=pieces, tokens_per_piece=TOKENS_PER_PIECE)
+
+
+def rival_tokens(kind: Features, pieces: int) -> int:
+    """How many token embeddings side by side a rival's projection of so many pieces reads for each memory token."""
+    if kind == "mean-pooling":
+        return 1
+    return TOKENS_PER_SLOT if pieces == 1 else pieces * TOKENS_PER_PIECE
+
+
+def token_slots(
+    bank: Bank, units_PU: np.ndarray, *, evenly: bool, pieces: int = 1, tokens_per_piece: int = TOKENS_PER_SLOT
+) -> np.ndarray:
+    """Token ids under each memory token, int32 [P, V, `pieces` × `tokens_per_piece`], -1 where there is none.
+
+    Args:
+        evenly: deal the text tokens of a unit out evenly, in order, over the pieces of its memory tokens, as a rival
+            does; otherwise each goes to the memory token under whose pixels it begins.
+        pieces: to a memory token; more than 1 with `evenly` alone.
+        tokens_per_piece: most of each piece; what is beyond is left out.
     """
     pages, per_page = units_PU.shape
-    slots = np.full((pages, per_page * bank.tokens_per_unit, TOKENS_PER_SLOT), -1, dtype=np.int32)
+    per_unit = bank.tokens_per_unit * pieces
+    slots = np.full((pages, per_page * per_unit, tokens_per_piece), -1, dtype=np.int32)
     documents = np.searchsorted(bank.first_unit_K, units_PU, side="right") - 1
     for page in range(pages):
         base = 0
@@ -193,15 +233,15 @@ def token_slots(bank: Bank, units_PU: np.ndarray, *, evenly: bool) -> np.ndarray
             if number:
                 starts = bank.token_starts_T[begin:end]
                 slot = (
-                    np.arange(number) * count // number
+                    np.arange(number) * (count * pieces) // number
                     if evenly
                     else np.searchsorted(bank.slot_chars_UV[unit, :count], starts, side="right").clip(min=1) - 1
                 )
                 place = np.arange(number) - np.searchsorted(slot, slot)
-                kept = place < TOKENS_PER_SLOT
+                kept = place < tokens_per_piece
                 slots[page, base + slot[kept], place[kept]] = bank.token_ids_T[begin:end][kept]
-            base += bank.tokens_per_unit
-    return slots
+            base += per_unit
+    return slots.reshape(pages, per_page * bank.tokens_per_unit, pieces * tokens_per_piece)
 
 
 def unpacked(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from ocrmem.config.objectives import Features
+from ocrmem.config.mem import RivalRecord
+from ocrmem.config.projection import ProjectionSettings
 from ocrmem.encoders.base import OCREncoder
 from ocrmem.errors import ConfigError
-from ocrmem.training.packing import TOKENS_PER_SLOT
+from ocrmem.training.packing import rival_tokens
 from ocrmem.types import Page, TokenSpans
 
 
 class RivalEncoder(OCREncoder):
     """Stands where the OCR encoder stands, with its page and its number of memory tokens, and draws nothing.
 
-    Its features are made of token embeddings by `training.objectives.text_features`.
+    Its features are made of token embeddings by `training.objectives.text_features`, at every stage of a curriculum of
+    `record.pieces` pieces. A convolution's projection has the memory's pieces. Mean-pooling's has one, since the mean
+    has the same width at every stage; but as many positions as the finest stage has memory tokens.
+
+    Args:
+        drawn: the encoder that decides the page and the number of memory tokens.
+        embedding_width: of the LLM.
     """
 
     name = "rival"
     settings_type = object
 
-    def __init__(self, drawn: OCREncoder, kind: Features, embedding_width: int) -> None:
+    def __init__(self, drawn: OCREncoder, record: RivalRecord, embedding_width: int) -> None:
         super().__init__()
         object.__setattr__(self, "drawn", drawn)  # no submodule: its weights are no part of the rival
-        self.kind, self.page = kind, drawn.page
-        self._width = embedding_width * (1 if kind == "mean-pooling" else TOKENS_PER_SLOT)
+        self.record, self.page = record, drawn.page
+        self._width = embedding_width * rival_tokens(record.kind, record.pieces)
 
     drawn: OCREncoder
 
@@ -41,7 +50,8 @@ class RivalEncoder(OCREncoder):
 
     @property
     def tokens_per_page(self) -> int:
-        return self.drawn.tokens_per_page
+        """V of the projection's widest input."""
+        return self.drawn.tokens_per_page * (self.record.pieces if self.record.kind == "mean-pooling" else 1)
 
     @property
     def lines_per_unit(self) -> int:
@@ -57,4 +67,10 @@ class RivalEncoder(OCREncoder):
         return self.drawn.token_spans(page)
 
     def identity(self) -> str:
-        return f"rival {self.kind} {TOKENS_PER_SLOT}"
+        kind, pieces = self.record.kind, self.record.pieces
+        return f"rival {kind}, {pieces} pieces, {rival_tokens(kind, pieces)} text tokens"
+
+
+def rival_projection(settings: ProjectionSettings, record: RivalRecord) -> ProjectionSettings:
+    """Settings of a rival's projection, given those of the memory's."""
+    return dataclasses.replace(settings, pieces=1) if record.kind == "mean-pooling" else settings
