@@ -21,6 +21,13 @@ def command(
         str, typer.Option(help="Lengths of the texts to reconstruct, in characters.")
     ] = "256,1024,4096",
     parts: Annotated[str, typer.Option(help="Which parts to run.")] = "reading,using,cost",
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND=FOLDER",
+            help="A trained rival, mean-pooling or convolution, and its adapter folder; may be given for each.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Type of the LLM: float32, bfloat16. None: as stored.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -33,6 +40,7 @@ def command(
     from rich.progress import Progress
 
     from ocrmem.errors import ConfigError
+    from ocrmem.evaluation.rivals import parse_rivals
     from ocrmem.evaluation.run import EvalSettings, evaluate
     from ocrmem.files import write_text
 
@@ -42,6 +50,7 @@ def command(
         lengths = tuple(int(part) for part in reading_chars.split(","))
     except ValueError:
         raise ConfigError(f"--reading-chars {reading_chars}: expected numbers, such as 256,1024,4096.") from None
+    rivals = parse_rivals(rival or [])
     settings = EvalSettings(
         samples=samples, next_turn_samples=next_turn_samples, reading_chars=lengths, parts=tuple(parts.split(","))
     )
@@ -50,6 +59,7 @@ def command(
         results = evaluate(
             adapter,
             settings,
+            rivals=rivals,
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype),
             progress=lambda name, done, total: bars.update(bar, description=name, completed=done, total=total),
@@ -60,10 +70,10 @@ def command(
         print(json.dumps(results))
         return
     for row in results["reading"]:
-        if row["arm"] == "memory":
+        if row["arm"] == "memory" or row["arm"] in rivals:
             print(
-                f"reading {row['num_chars']} characters, {row['source']}: {row['ratio']:.2f}x, token accuracy "
-                f"{row['token_accuracy']['mean']:.3f}, character error rate {row['cer']['mean']:.3f}"
+                f"reading {row['num_chars']} characters, {row['source']}, {row['arm']}: {row['ratio']:.2f}x, token "
+                f"accuracy {row['token_accuracy']['mean']:.3f}, character error rate {row['cer']['mean']:.3f}"
             )
     for row in results["using"]:
         if row["gain"] is not None:

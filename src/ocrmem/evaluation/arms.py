@@ -20,6 +20,7 @@ import torch
 
 from ocrmem.data.processor import MEMProcessor, stack_pages
 from ocrmem.evaluation.probes import Probe
+from ocrmem.evaluation.rivals import Rival, history_slots
 from ocrmem.memory.features import encode_pages
 
 try:
@@ -45,6 +46,10 @@ class Context:
     page_num_tokens: list[int] = field(default_factory=list)
     order: list[int] | None = None
     """A permutation of the memory tokens after the projection; None: as they come."""
+    rival: Rival | None = None
+    """Whose projection makes the memory tokens; None: the memory's own."""
+    slots_PVT: torch.Tensor | None = None
+    """What a rival reads in place of `features_PVE`: token ids, -1 where there is none."""
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +64,7 @@ class Contexts:
         processor: renders, and knows the tokenizer.
         device: where the encoder is.
         seed: of the shuffled arm.
+        rivals: trained rivals; each is an arm more.
     """
 
     ALL_ARMS = (
@@ -74,7 +80,13 @@ class Contexts:
     )
 
     def __init__(
-        self, probes: Sequence[Probe], processor: MEMProcessor, *, device: torch.device, seed: int = 0
+        self,
+        probes: Sequence[Probe],
+        processor: MEMProcessor,
+        *,
+        device: torch.device,
+        seed: int = 0,
+        rivals: Sequence[Rival] = (),
     ) -> None:
         self.probes, self.processor, self.device, self.seed = probes, processor, device, seed
         tokenizer = processor.tokenizer
@@ -82,12 +94,14 @@ class Contexts:
         encoded = tokenizer([clean(probe.history) for probe in probes], add_special_tokens=False)
         self.history_ids: list[list[int]] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
         self.memories = self._memories([probe.history for probe in probes])
+        self.rivals = {rival.kind: rival for rival in rivals}
+        self._slots = history_slots([probe.history for probe in probes], rivals, processor)
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The arms whose packages are there."""
+        """The arms whose packages are there, and the trained rivals."""
         missing = {arm for arm, _ in arms_left_out()}
-        return tuple(arm for arm in self.ALL_ARMS if arm not in missing)
+        return (*(arm for arm in self.ALL_ARMS if arm not in missing), *self.rivals)
 
     def budget(self, index: int) -> int:
         """Memory tokens of a probe's history."""
@@ -118,6 +132,9 @@ class Contexts:
         if arm == "other-memory":
             other = self.memories[(index + 1) % len(self.memories)]
             return Context(features_PVE=other.features_PVE, page_num_tokens=other.page_num_tokens)
+        for kind, rival in self.rivals.items():
+            if arm == kind:
+                return Context(page_num_tokens=memory.page_num_tokens, rival=rival, slots_PVT=self._slots[kind][index])
         assert arm == "memory", arm
         return memory
 

@@ -302,11 +302,12 @@ def next_turn_probes(
     return _spread(conversations, make, n=n, seed=seed)
 
 
-def check_not_trained(probes: Sequence[Probe], trained: Collection[str]) -> None:
-    """Refuse probes made of documents that an adapter was trained on.
+def check_not_trained(probes: Sequence[Probe], trained: Collection[str], *, who: str = "adapter") -> None:
+    """Refuse probes made of documents that an adapter or a rival was trained on.
 
     Args:
-        trained: `document_hash` of every training document, or its first digits, from the adapter's training manifest.
+        trained: `document_hash` of every training document, or its first digits, from the training manifest.
+        who: whose manifest it is, for the message.
 
     Raises:
         DataError: one of the documents is among them.
@@ -321,7 +322,7 @@ def check_not_trained(probes: Sequence[Probe], trained: Collection[str]) -> None
     affected = sum(not trained.isdisjoint(probe.document_hashes) for probe in probes)
     shown = ", ".join(f"{digest[:12]} (in probes of {documents[digest]!r})" for digest in seen[:5])
     raise DataError(
-        f"the adapter was trained on {len(seen)} of the {len(documents)} documents of this evaluation, which are in "
+        f"the {who} was trained on {len(seen)} of the {len(documents)} documents of this evaluation, which are in "
         f"{affected} of {len(probes)} probes: {shown}{', …' if len(seen) > 5 else ''}. Evaluate on text that it has "
         "not seen, such as the held-out files of the data sets, or train it again without these documents."
     )

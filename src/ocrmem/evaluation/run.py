@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import transformers
 
 from ocrmem import __version__
 from ocrmem.assets.fetch import resolve
+from ocrmem.config.objectives import Features
 from ocrmem.data.conversations import read_conversations
 from ocrmem.data.documents import Document, document_hash, read_documents
 from ocrmem.data.processor import MEMProcessor
@@ -27,6 +28,7 @@ from ocrmem.evaluation import metrics, probes
 from ocrmem.evaluation.arms import Contexts, arms_left_out
 from ocrmem.evaluation.probes import Probe
 from ocrmem.evaluation.report import SCHEMA, check_schema
+from ocrmem.evaluation.rivals import RIVALS, Rival, load_rival
 from ocrmem.evaluation.scoring import Scorer, make_prompt
 from ocrmem.memory.history import history_text
 from ocrmem.model.adapter import read_manifest
@@ -36,15 +38,12 @@ from ocrmem.types import Conversation
 
 READING_ROOM = 1.25
 """A greedy reconstruction may have so many times the tokens of its target."""
-ANSWERED = ("none", "full-text", "bm25", "memory", "shuffled-memory")
+ANSWERED = ("none", "full-text", "bm25", "memory", "shuffled-memory", *RIVALS)
 """Arms whose answers are generated and read; the others are scored by cross entropy alone."""
 PARTS = ("reading", "using", "cost")
 """What an evaluation consists of."""
-LEFT_OUT = (  # arms that no evaluation of one adapter can have
-    ("llmlingua-2", "its model is in no package registry, so it could not be had"),
-    ("mean-pooling", "no trained projection was given"),
-    ("convolution", "no trained projection was given"),
-)
+LEFT_OUT = (("llmlingua-2", "its model is in no package registry, so it could not be had"),)
+"""Arms that no evaluation can have, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +84,22 @@ def evaluate(
     adapter: Path,
     settings: EvalSettings,
     *,
+    rivals: Mapping[Features, Path] | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Evaluate an adapter folder.
 
+    Args:
+        rivals: folders of trained rivals by kind; each is an arm.
+
     Returns:
         The results file's content, by `report.SCHEMA`.
 
     Raises:
-        DataError: a probe is made of a document that the adapter was trained on.
+        ConfigError: a rival does not fit the adapter.
+        DataError: a probe is made of a document that the adapter or a rival was trained on.
     """
     model = MEMModel.from_pretrained(adapter, device=device)
     if dtype is not None:
@@ -106,7 +110,11 @@ def evaluate(
     documents = read_documents(_file(settings.prose))
     manifest = read_manifest(adapter)
     check_held_out(documents, conversations, manifest.get("documents", ()))
-    run = _Run(model, processor, settings, progress)
+    loaded = [load_rival(kind, folder, model=model) for kind, folder in (rivals or {}).items()]
+    for rival in loaded:
+        check_held_out(documents, conversations, rival.manifest.get("documents", ()), who=f"rival {rival.kind}")
+    left_out = [(kind, "no trained projection was given") for kind in RIVALS if kind not in (rivals or {})]
+    run = _Run(model, processor, settings, progress, loaded)
     reading = run.reading(documents, conversations) if "reading" in settings.parts else []
     using = run.using(documents, conversations) if "using" in settings.parts else []
     results = {
@@ -126,18 +134,26 @@ def evaluate(
             "steps": int(manifest.get("steps", 0)),
             "memory_ratio": statistics.fmean(run.ratios) if run.ratios else 1.0,
         },
+        "rivals": [{"arm": rival.kind, "steps": int(rival.manifest.get("steps", 0))} for rival in loaded],
         "reading": reading,
         "using": using,
         "cost": run.cost(conversations) if "cost" in settings.parts else [],
-        "left_out": [{"arm": arm, "reason": reason} for arm, reason in (*LEFT_OUT, *arms_left_out())],
+        "left_out": [{"arm": arm, "reason": reason} for arm, reason in (*LEFT_OUT, *left_out, *arms_left_out())],
     }
     return check_schema(json.loads(json.dumps(results)), source="results")
 
 
 def check_held_out(
-    documents: Sequence[Document], conversations: Sequence[Conversation], trained: Sequence[str]
+    documents: Sequence[Document],
+    conversations: Sequence[Conversation],
+    trained: Sequence[str],
+    *,
+    who: str = "adapter",
 ) -> None:
     """Refuse to evaluate on files that hold a document of the training manifest.
+
+    Args:
+        who: whose manifest it is, for the message.
 
     Raises:
         DataError: some document was trained on.
@@ -150,7 +166,7 @@ def check_held_out(
             *((conversation.source, history_text(conversation.messages)) for conversation in conversations),
         )
     ]  # fmt: skip
-    probes.check_not_trained(whole, trained)
+    probes.check_not_trained(whole, trained, who=who)
 
 
 def _file(path: str) -> Path:
@@ -165,7 +181,9 @@ class _Run:
         processor: MEMProcessor,
         settings: EvalSettings,
         progress: Progress,
+        rivals: Sequence[Rival] = (),
     ) -> None:
+        self.rivals = rivals
         self.model, self.processor, self.settings = model, processor, settings
         self.progress = progress
         self.device = next(model.proj.parameters()).device
@@ -184,7 +202,7 @@ class _Run:
                 if not found:  # no text is that long
                     continue
                 contexts = self._contexts(found)
-                for arm in ("memory", "full-text", "none"):
+                for arm in ("memory", *contexts.rivals, "full-text", "none"):
                     rows.append(self._read(arm, source, chars, found, contexts))
         return rows
 
@@ -209,7 +227,7 @@ class _Run:
             "source": source,
             "num_chars": chars,
             "arm": arm,
-            "ratio": ratio if arm == "memory" else 1.0,
+            "ratio": ratio if arm in ("memory", *RIVALS) else 1.0,
             "n": len(found),
             "token_accuracy": metrics.mean_interval(accuracy, seed=seed).as_json(),
             "cer": self._interval([metrics.character_error_rate(a, t) for a, t in pairs]),
@@ -385,7 +403,8 @@ class _Run:
         return list(found.values())[:n]
 
     def _contexts(self, found: list[Probe]) -> Contexts:
-        return Contexts(found, self.processor, device=self.device, seed=self.settings.seeds[0])
+        seed = self.settings.seeds[0]
+        return Contexts(found, self.processor, device=self.device, seed=seed, rivals=self.rivals)
 
     def _scorer(self, name: str, total: int) -> Scorer:
         done = 0

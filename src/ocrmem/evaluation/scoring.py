@@ -164,7 +164,13 @@ class Scorer:
 
     def _embeds(self, batch: dict[str, torch.Tensor], prompts: Sequence[Prompt]) -> torch.Tensor:
         contexts = [prompt.context for prompt in prompts]
+        rival, own = contexts[0].rival, self.model.proj
+        assert all(context.rival is rival for context in contexts), "prompts of several arms in one call"
         features = [context.features_PVE for context in contexts if context.features_PVE is not None]
+        if rival is not None:
+            slots = [context.slots_PVT for context in contexts if context.slots_PVT is not None]
+            features = [rival.features(torch.cat(slots).to(self.device))]
+            self.model.proj = rival.proj
         arguments: dict[str, torch.Tensor] = {}
         if features:
             arguments = {
@@ -173,6 +179,7 @@ class Scorer:
                 "num_pages": torch.tensor([len(c.page_num_tokens) for c in contexts], device=self.device),
             }
         embeds_BSD = self.model.embed(batch["input_ids"], **arguments)
+        self.model.proj = own
         for row, context in enumerate(contexts):
             if context.order is not None:
                 places = (batch["input_ids"][row] == self.processor.memory_token_id).nonzero().squeeze(-1)
