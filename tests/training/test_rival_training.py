@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_every_text_token_is_dealt_once_and_in_order_at_every_stage(bank, kind, 
         assert slots_PVT.shape == (1, count * 40 // pieces, tokens)
         begin, end = bank.token_range(document, 0, int(bank.unit_end_U[first + count - 1]))
         assert slots_PVT[slots_PVT >= 0].tolist() == bank.token_ids_T[begin:end].tolist()
-        used = (slots_PVT >= 0).any(axis=2)[0]
+        used = (slots_PVT[0] >= 0).any(axis=1)
         last = (count - 1) * 40 // pieces + int(stage.unit_tokens_U[first + count - 1])
         assert not used[last:].any(), "a token lies beyond the memory tokens in use"
 
@@ -120,7 +121,7 @@ def test_a_rival_trains_through_the_curriculum(kind, llm, corpus, tmp_path):
 
 @pytest.mark.parametrize("kind", ["convolution", "mean-pooling"])
 def test_a_rival_goes_on_from_one_of_half_the_compression(kind, llm, corpus, tmp_path):
-    half = {
+    half: dict[str, Any] = {
         "encoder": {"name": "pp-ocr", "settings": {"steps_per_token": 10}},
         "projection": {"kind": "attention", "num_layers": 1, "num_heads": 4, "pieces": 2, "gain": True},
     }

@@ -94,7 +94,7 @@ class Contexts:
         encoded = tokenizer([clean(probe.history) for probe in probes], add_special_tokens=False)
         self.history_ids: list[list[int]] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
         self.memories = self._memories([probe.history for probe in probes])
-        self.rivals = {rival.kind: rival for rival in rivals}
+        self.rivals: dict[str, Rival] = {rival.kind: rival for rival in rivals}
         self._slots = history_slots([probe.history for probe in probes], rivals, processor)
 
     @property
@@ -132,9 +132,10 @@ class Contexts:
         if arm == "other-memory":
             other = self.memories[(index + 1) % len(self.memories)]
             return Context(features_PVE=other.features_PVE, page_num_tokens=other.page_num_tokens)
-        for kind, rival in self.rivals.items():
-            if arm == kind:
-                return Context(page_num_tokens=memory.page_num_tokens, rival=rival, slots_PVT=self._slots[kind][index])
+        if arm in self.rivals:
+            return Context(
+                page_num_tokens=memory.page_num_tokens, rival=self.rivals[arm], slots_PVT=self._slots[arm][index]
+            )
         assert arm == "memory", arm
         return memory
 

@@ -26,6 +26,8 @@ from ocrmem.training.rivals import RivalEncoder
 
 RIVALS: tuple[Features, ...] = tuple(kind for kind in FEATURES if kind != "ocr")
 """Kinds of trained rivals, which are also the names of their arms."""
+KINDS: dict[str, Features] = {kind: kind for kind in RIVALS}
+"""The same by what a user writes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ def parse_rivals(values: Sequence[str]) -> dict[Features, Path]:
     found: dict[Features, Path] = {}
     for value in values:
         name, _, folder = value.partition("=")
-        kind = next((kind for kind in RIVALS if kind == name), None)
+        kind = KINDS.get(name)
         if kind is None or not folder:
             raise ConfigError(f"--rival {value}: expected KIND=FOLDER, with a kind of {', '.join(RIVALS)}.")
         if kind in found:
@@ -116,7 +118,7 @@ def _differences(found: RenderSettings | None, wanted: RenderSettings) -> str:
 
 def history_slots(
     histories: Sequence[str], rivals: Sequence[Rival], processor: MEMProcessor
-) -> dict[Features, list[torch.Tensor]]:
+) -> dict[str, list[torch.Tensor]]:
     """What each rival reads of each history, by kind: token ids int32 [P, V, tokens], -1 where there is none.
 
     Pages and memory tokens are those of the memory, and the text tokens are dealt to them as in training.
@@ -128,7 +130,7 @@ def history_slots(
         bank = build_bank(
             documents, encoder=processor.encoder, tokenizer=processor.tokenizer, folder=Path(folder), encode=False
         )
-    slots: dict[Features, list[torch.Tensor]] = {rival.kind: [] for rival in rivals}
+    slots: dict[str, list[torch.Tensor]] = {rival.kind: [] for rival in rivals}
     for first, count in zip(bank.first_unit_K, bank.num_units_K, strict=True):
         units_PU = np.full((-(-count // bank.units_per_page), bank.units_per_page), -1, dtype=np.int64)
         units_PU.flat[:count] = np.arange(first, first + count)
