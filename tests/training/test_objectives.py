@@ -14,13 +14,13 @@ from tiny import tiny_batch, tiny_model
 
 from ocrmem.config.encoder import EncoderSettings
 from ocrmem.config.memory import MemorySettings
-from ocrmem.config.objectives import ObjectiveSettings, Stage
+from ocrmem.config.objectives import TASKS, ObjectiveSettings, Stage
 from ocrmem.config.train import TrainConfig, load_train_config
 from ocrmem.data.bank import BankDocument, build_bank
 from ocrmem.data.conversations import read_conversations
 from ocrmem.data.processor import MEMProcessor
 from ocrmem.encoders.registry import build_encoder
-from ocrmem.errors import ConfigError, DataError
+from ocrmem.errors import ConfigError, DataError, SpliceError
 from ocrmem.memory.history import history_text
 from ocrmem.model.adapter import read_manifest
 from ocrmem.model.llm import load_tokenizer
@@ -29,7 +29,7 @@ from ocrmem.render.renderer import Renderer
 from ocrmem.training.build import find_data
 from ocrmem.training.build_objectives import samplers
 from ocrmem.training.corpus import conversation_document, read_corpus, shuffled_documents
-from ocrmem.training.objectives import distillation_loss, text_features, varying_share
+from ocrmem.training.objectives import FORWARD_KEYS, distillation_loss, text_features, varying_share
 from ocrmem.training.optimizer import MuonAdamW
 from ocrmem.training.packing import PackedRows, fill, pack, token_slots
 from ocrmem.training.run import train
@@ -83,9 +83,14 @@ def memory_id(frame):
     return frame.chat_format.tokenizer.convert_tokens_to_ids(frame.chat_format.memory_token)
 
 
+def documents_of(bank, units):
+    return (np.searchsorted(bank.first_unit_K, units, side="right") - 1).tolist()
+
+
 def text_of(bank, sample):
-    text = bank.documents[sample.document].text
-    return text[bank.unit_start_U[sample.units[0]] : bank.unit_end_U[sample.units[-1]]]
+    """What the memory of a sample shows: the text of its units, one after the other."""
+    found = zip(documents_of(bank, sample.units), sample.units, strict=True)
+    return "".join(bank.documents[k].text[bank.unit_start_U[unit] : bank.unit_end_U[unit]] for k, unit in found)
 
 
 def test_units_hold_the_text_once_and_in_order(bank, documents):
@@ -159,7 +164,8 @@ def test_samples_of_every_task(task, sampler, tokenizer):
         assert np.array_equal(sample.input_ids_T, again.input_ids_T)
         placeholders = sample.input_ids_T == sampler.memory_token_id
         assert placeholders.sum() == bank.unit_tokens_U[sample.units].sum()
-        text = bank.documents[sample.document].text
+        places = documents_of(bank, sample.units)
+        text = "".join(bank.documents[k].text for k in sorted(set(places)))
         answers = tokenizer.decode(sample.input_ids_T[sample.labelled_T]).split("<|im_end|>")
         assert all(answer in text for answer in answers if answer)
         prompt = tokenizer.decode(sample.input_ids_T[~sample.labelled_T])
@@ -167,6 +173,8 @@ def test_samples_of_every_task(task, sampler, tokenizer):
             assert answers[0] == text_of(bank, sample).strip()
         if task == "continuation":
             assert text[bank.unit_end_U[sample.units[-1]] :].startswith(answers[0])
+        if task not in ("recall", "cloze"):
+            assert len(set(places)) == 1
         if task == "cloze":
             assert "____" in prompt
             assert all(answer in text_of(bank, sample) for answer in answers)
@@ -182,8 +190,8 @@ def test_a_text_with_the_placeholder_in_it_never_trains(bank, frame):
     ids = bank.token_ids_T.copy()
     ids[bank.first_token_K[1]] = token
     sampler = TaskSampler(dataclasses.replace(bank, token_ids_T=ids), frame, memory_token_id=token)
-    drawn = {sampler.sample(np.random.default_rng(i), Stage(steps=1, max_units=2)).document for i in range(40)}
-    assert drawn == {0, 2}
+    samples = [sampler.sample(np.random.default_rng(i), Stage(steps=1, max_units=2)) for i in range(40)]
+    assert {k for sample in samples for k in documents_of(bank, sample.units)} == {0, 2}
 
 
 def test_rows_are_decided_by_their_number(bank, frame):
@@ -206,6 +214,63 @@ def test_rows_are_decided_by_their_number(bank, frame):
     assert row["max_length_q"] == int(edges.diff().max())
     assert (row["position_ids"][0, edges[:-1].long()] == 0).all()
     assert int(row["page_num_tokens"].sum()) == int((row["input_ids"] == memory_id(frame)).sum())
+
+
+def test_questions_are_about_several_texts(sampler):
+    stage = Stage(steps=1, max_units=8, tasks={"recall": 1})
+    samples = [sampler.sample(np.random.default_rng(i), stage) for i in range(30)]
+    assert max(len(set(documents_of(sampler.bank, sample.units))) for sample in samples) > 1
+    assert all(len(sample.units) <= 8 for sample in samples)
+
+
+def packed_row(sampler, tasks, *, shares=None, length=2048):
+    rng = np.random.default_rng(0)
+    samples = [sampler.sample(rng, Stage(steps=1, max_units=2, tasks={task: 1})) for task in tasks]
+    token = sampler.memory_token_id
+    return pack(samples, sampler.bank, length=length, pad_token_id=0, memory_token_id=token, shares=shares)
+
+
+def test_a_task_weighs_its_share_however_long_its_answers(sampler):
+    tasks = ("reconstruction", "cloze", "reconstruction", "recall")
+    row = packed_row(sampler, tasks, shares={"reconstruction": 3, "cloze": 2, "recall": 1, "reply": 4})
+    weights, task_of_label = row["target_weights"], row["task_of_label"]
+    for task, share in (("reconstruction", 3), ("cloze", 2), ("recall", 1)):
+        chosen = task_of_label == TASKS.index(task)
+        assert float(weights[chosen].sum()) == pytest.approx(share / 6, rel=1e-5)
+        assert float(weights[chosen].std(correction=0)) == pytest.approx(0, abs=1e-9)
+    equal = packed_row(sampler, tasks)["target_weights"]
+    torch.testing.assert_close(equal, torch.full_like(equal, 1 / len(equal)))
+
+
+def test_a_row_that_was_counted_ahead_gives_the_same_loss_and_gradients(sampler):
+    model = tiny_model("llama", vocab_size=49152, max_position_embeddings=2048)
+    model.config.memory_token_id = sampler.memory_token_id
+    row = packed_row(sampler, ("reconstruction", "recall", "reply"))
+    pages, width = row["units"].shape
+    features = torch.randn(pages, width * sampler.bank.tokens_per_unit, model.proj.feature_width)
+    arguments = {key: row[key] for key in FORWARD_KEYS if key in row} | {"features": features}
+    counted = model(**arguments)
+    counted.loss.backward()
+    grads = [parameter.grad.clone() for parameter in model.proj.parameters()]
+    model.zero_grad()
+    for key in ("placeholder_index", "memory_index", "target_index", "target_weights"):
+        del arguments[key]
+    plain = model(**arguments)
+    plain.loss.backward()
+    torch.testing.assert_close(counted.loss, plain.loss)
+    assert torch.equal(counted.logit_positions, plain.logit_positions)
+    for ahead, parameter in zip(grads, model.proj.parameters(), strict=True):
+        torch.testing.assert_close(ahead, parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_row_whose_placeholders_are_not_its_memory_is_refused(sampler):
+    sample = sampler.sample(np.random.default_rng(0), Stage(steps=1, max_units=1))
+    ids = sample.input_ids_T.copy()
+    ids[ids == sampler.memory_token_id] = 0
+    token = sampler.memory_token_id
+    with pytest.raises(SpliceError, match="a packed row has 0 placeholders .id 16. and 10 memory tokens"):
+        pack([dataclasses.replace(sample, input_ids_T=ids)], sampler.bank, length=512, pad_token_id=0,
+             memory_token_id=token)  # fmt: skip
 
 
 def test_a_sample_that_is_too_long_is_named(sampler):
@@ -437,6 +502,7 @@ def test_bad_objectives_are_refused(values, message, tmp_path):
 
 def test_pack_gives_the_rivals_their_tokens(bank, sampler):
     samples = [sampler.sample(np.random.default_rng(i), Stage(steps=1, max_units=2)) for i in range(2)]
-    row = pack(samples, sampler.bank, length=512, pad_token_id=0, features="mean-pooling")
+    token = sampler.memory_token_id
+    row = pack(samples, sampler.bank, length=512, pad_token_id=0, memory_token_id=token, features="mean-pooling")
     assert row["slots"].shape[:2] == (2, row["units"].shape[1] * 10)
     assert (row["slots"] >= 0).any()

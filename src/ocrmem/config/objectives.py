@@ -28,9 +28,9 @@ class Stage:
     """Pieces to one memory token, a divisor of `projection.pieces`: less compression than at the end, for a start at
     which the frozen LLM can read what it is given. None: all of them."""
     tasks: dict[str, float] = field(default_factory=lambda: {"reconstruction": 1.0})
-    """Shares of the samples, by task: `reconstruction` (repeat the text), `continuation` (what follows), `recall`
-    (what came after a quoted half sentence), `cloze` (fill a gap), `reply` (an assistant's turn in a conversation).
-    They need not add up to 1."""
+    """Shares of the samples and of the loss, by task: `reconstruction` (repeat the text), `continuation` (what
+    follows), `recall` (what came after a quoted half sentence), `cloze` (fill a gap), `reply` (an assistant's turn in
+    a conversation). They need not add up to 1."""
     distillation: float = 0.0
     """Weight of the KL divergence from the same frozen LLM with the full text, on continuation and reply."""
 

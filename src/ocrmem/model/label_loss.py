@@ -20,8 +20,18 @@ IGNORE_INDEX = -100
 """Label of a position that has none, as everywhere in transformers."""
 
 
-def labelled_positions(labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sample, position), each int64 [N]: the positions whose next position has a label."""
+def labelled_positions(
+    labels_BS: torch.Tensor, target_index_N: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sample, position), each int64 [N]: the positions whose next position has a label.
+
+    Args:
+        target_index_N: the same as sample × S + position, where they are known already: to count them makes the host
+            wait for the GPU.
+    """
+    if target_index_N is not None:
+        length = labels_BS.shape[1]
+        return target_index_N // length, target_index_N % length
     samples_N, positions_N = (labels_BS[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
     return samples_N, positions_N
 
@@ -53,9 +63,13 @@ def logits_at(
     return logits[0]
 
 
-def cross_entropy_sum(logits_NC: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropies, in nats and float32."""
-    return F.cross_entropy(logits_NC.float(), targets_N, reduction="sum")
+def cross_entropy_sum(
+    logits_NC: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum of the cross entropies, each times its weight, in nats and float32."""
+    if weights_N is None:
+        return F.cross_entropy(logits_NC.float(), targets_N, reduction="sum")
+    return (F.cross_entropy(logits_NC.float(), targets_N, reduction="none") * weights_N).sum()
 
 
 def label_loss(
@@ -63,16 +77,20 @@ def label_loss(
     labels_BS: torch.Tensor,
     index: tuple[torch.Tensor, torch.Tensor],
     num_items_in_batch: torch.Tensor | int | None,
-    cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    cross_entropy: Callable[..., torch.Tensor],
+    weights_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy of the labels that follow the positions, in float32; 0 where nothing is labelled.
 
     Args:
         cross_entropy: `cross_entropy_sum`, or the same compiled.
         num_items_in_batch: divisor of the sum; None: the number of positions.
+        weights_N: the loss is instead the sum of the cross entropies times these.
     """
     samples_N, positions_N = index
     targets_N = labels_BS[samples_N, positions_N + 1].to(logits_NC.device)
+    if weights_N is not None:
+        return cross_entropy(logits_NC, targets_N, weights_N)
     total = cross_entropy(logits_NC, targets_N)
     if num_items_in_batch is None:
         num_items_in_batch = max(1, targets_N.shape[0])

@@ -39,7 +39,7 @@ from ocrmem.model.label_loss import (
 from ocrmem.model.packed_attention import PACKED, unused_mask
 from ocrmem.model.projection import Projection
 from ocrmem.model.report import trainable_report
-from ocrmem.model.splice import check_counts, splice
+from ocrmem.model.splice import check_counts, splice, splice_at
 
 
 @dataclass
@@ -144,6 +144,10 @@ class MEMModel(PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         max_length_q: int | None = None,
+        placeholder_index: torch.Tensor | None = None,
+        memory_index: torch.Tensor | None = None,
+        target_index: torch.Tensor | None = None,
+        target_weights: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -168,6 +172,11 @@ class MEMModel(PreTrainedModel):
             cu_seq_lens_q: int32 [samples + 1], where the samples of one packed row (B = 1) begin, and S at the end;
                 with `position_ids`.
             max_length_q: positions of the longest sample of a packed row.
+            placeholder_index: int64 [M], where the placeholders stand (sample × S + position), with
+            memory_index: int64 [M], the memory token of each (page × V + its number on the page). A collator that
+                gives them has checked them, and the host need not wait for the GPU to count.
+            target_index: int64 [N], the positions whose next one has a label, for the same reason.
+            target_weights: [N]; the loss is the sum of the labels' cross entropies times these, not their mean.
             num_items_in_batch: divisor of the loss; None: the labelled positions of this batch.
 
         How the gradient flows:
@@ -188,7 +197,13 @@ class MEMModel(PreTrainedModel):
                 raise SpliceError("`memory_targets` came without `features`; give both.")
             return MEMOutput(loss=target_loss(self.proj(features, page_num_tokens), memory_targets))
         embeds_BSD = self.embed(
-            input_ids, pages=pages, features=features, page_num_tokens=page_num_tokens, num_pages=num_pages
+            input_ids,
+            pages=pages,
+            features=features,
+            page_num_tokens=page_num_tokens,
+            num_pages=num_pages,
+            placeholder_index=placeholder_index,
+            memory_index=memory_index,
         )
         if attention_mask is not None and past_key_values is None:
             if pads_only_after(attention_mask):
@@ -222,11 +237,11 @@ class MEMModel(PreTrainedModel):
             outputs = run_llm(**({"logits_to_keep": logits_to_keep} if self._takes_logits_to_keep else {}))
             logits = outputs.logits
         else:
-            index = labelled_positions(labels)
+            index = labelled_positions(labels, target_index)
             with at_positions(self.get_output_embeddings(), index):
                 outputs = run_llm()
             logits = logits_at(outputs.logits, index, shape_BS=tuple(labels.shape))
-            loss = label_loss(logits, labels, index, num_items_in_batch, self.cross_entropy)
+            loss = label_loss(logits, labels, index, num_items_in_batch, self.cross_entropy, target_weights)
             logit_positions = torch.stack(index, dim=1)
         result = MEMOutput(
             loss=loss,
@@ -246,6 +261,8 @@ class MEMModel(PreTrainedModel):
         features: torch.Tensor | None = None,
         page_num_tokens: torch.Tensor | None = None,
         num_pages: torch.Tensor | None = None,
+        placeholder_index: torch.Tensor | None = None,
+        memory_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`input_ids` to embeddings [B, S, D] with the memory spliced in; arguments as in `forward`."""
         placeholders_BS = input_ids == self.config.memory_token_id
@@ -265,6 +282,9 @@ class MEMModel(PreTrainedModel):
             raise SpliceError(
                 "`pages` or `features` came without `page_num_tokens` [P] and `num_pages` [B]; give both."
             )
+        if placeholder_index is not None and memory_index is not None:
+            memory_PVD = self.proj(features, page_num_tokens)
+            return splice_at(embeds_BSD, placeholder_index, memory_PVD, memory_index)
         check_counts(placeholders_BS, page_num_tokens, num_pages)
         memory_PVD = self.proj(features, page_num_tokens)
         return splice(embeds_BSD, placeholders_BS, memory_PVD, page_num_tokens)

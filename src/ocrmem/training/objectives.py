@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 from ocrmem.config.objectives import TASKS, Features, ObjectiveSettings
 from ocrmem.data.bank import Bank
 from ocrmem.errors import ConfigError
-from ocrmem.model.label_loss import cross_entropy_sum, labelled_positions
+from ocrmem.model.label_loss import cross_entropy_sum
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.training.graphs import GraphedLayers
 from ocrmem.training.optimizer import MuonAdamW
@@ -32,6 +32,10 @@ FORWARD_KEYS = (
     "position_ids",
     "cu_seq_lens_q",
     "max_length_q",
+    "placeholder_index",
+    "memory_index",
+    "target_index",
+    "target_weights",
     "features",
     "page_num_tokens",
     "num_pages",
@@ -198,14 +202,13 @@ class ObjectiveTrainer(MEMTrainer):
             return loss
         self._labels += inputs["task_of_label"].numel()
         weight = inputs.get("distillation", 0.0)
-        # First the teacher: a graph's replay for the student must be the last before the backward.
         teacher_NC = teacher_logits(self.model, inputs) if weight and "teacher_input_ids" in inputs else None
         self._note_memory(inputs)
         outputs = model(**{key: inputs[key] for key in FORWARD_KEYS if key in inputs}, use_cache=False)
         loss = outputs.loss
         self._note_tasks(outputs, inputs)
         if teacher_NC is not None:
-            divergence = distillation_loss(outputs.logits[inputs["distilled"]], teacher_NC)
+            divergence = distillation_loss(outputs.logits[inputs["distilled_index"]], teacher_NC)
             self._note("distillation", divergence)
             loss = loss + weight * divergence
         return (loss, outputs) if return_outputs else loss
@@ -214,7 +217,7 @@ class ObjectiveTrainer(MEMTrainer):
     def _note_tasks(self, outputs: Any, inputs: dict[str, Any]) -> None:
         if self.state.global_step % max(1, int(self.args.logging_steps) // 4):
             return
-        targets_N = targets_of(inputs["labels"])
+        targets_N = targets_of(inputs)
         losses_N = F.cross_entropy(outputs.logits.float(), targets_N, reduction="none")
         right_N = (outputs.logits.argmax(dim=-1) == targets_N).float()
         tasks_N = inputs["task_of_label"]
@@ -276,23 +279,24 @@ class ObjectiveTrainer(MEMTrainer):
             if roll:
                 arguments["features"] = arguments["features"].roll(1, dims=0)
             outputs = self.model(**arguments, use_cache=False)
-            targets_N = targets_of(inputs["labels"])
+            targets_N = targets_of(inputs)
             total += float(outputs.loss) * len(targets_N)
             right += float((outputs.logits.argmax(dim=-1) == targets_N).sum())
             count += len(targets_N)
         return (total / count, right / count) if count else (math.nan, math.nan)
 
 
-def targets_of(labels_BS: torch.Tensor) -> torch.Tensor:
+def targets_of(inputs: dict[str, Any]) -> torch.Tensor:
     """int64 [N]: the labels that the rows of `MEMOutput.logits` predict."""
-    samples_N, positions_N = labelled_positions(labels_BS)
-    return labels_BS[samples_N, positions_N + 1]
+    return inputs["labels"].flatten()[inputs["target_index"] + 1]
 
 
 @torch.no_grad()
 def teacher_logits(model: MEMModel, inputs: dict[str, Any]) -> torch.Tensor:
     """Logits of the frozen LLM with the full text, at the positions of the distilled labels."""
     row = {key.removeprefix("teacher_"): value for key, value in inputs.items() if key.startswith("teacher_")}
+    # Its loss goes nowhere; with weights it is the function that is compiled already.
+    row["target_weights"] = torch.ones_like(row["target_index"], dtype=torch.float32)
     return model(**{key: row[key] for key in FORWARD_KEYS if key in row}, use_cache=False).logits
 
 

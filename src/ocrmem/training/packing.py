@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ocrmem.config.objectives import TASKS, Features, ObjectiveSettings
 from ocrmem.data.bank import Bank
-from ocrmem.errors import ConfigError
+from ocrmem.errors import ConfigError, SpliceError
 from ocrmem.model.label_loss import IGNORE_INDEX
 from ocrmem.training.tasks import Sample, TaskSampler
 
@@ -58,23 +58,31 @@ class PackedRows(Dataset[dict[str, Any]]):
         drawn = stage or self.settings.stages[0]
         pieces = drawn.pieces or self.whole
         sampler = self.samplers[pieces]
-        batch = self.pack(
-            fill(lambda: sampler.sample(rng, drawn), self.settings.packed_length), pieces, slots=stage is None
-        )
+        samples = fill(lambda: sampler.sample(rng, drawn), self.settings.packed_length)
+        batch = self.pack(samples, pieces, slots=stage is None, shares=drawn.tasks)
         batch["warm_start"] = stage is None
         batch["distillation"] = 0.0 if stage is None else stage.distillation
         return batch
 
-    def pack(self, samples: Sequence[Sample], pieces: int, *, slots: bool = False) -> dict[str, Any]:
+    def pack(
+        self,
+        samples: Sequence[Sample],
+        pieces: int,
+        *,
+        slots: bool = False,
+        shares: Mapping[str, float] | None = None,
+    ) -> dict[str, Any]:
         """`pack` with this data set's settings, for samples of so many pieces to a memory token."""
         batch = pack(
             samples,
             self.samplers[pieces].bank,
             length=self.settings.packed_length,
             pad_token_id=self.pad_token_id,
+            memory_token_id=self.samplers[pieces].memory_token_id,
             features=self.settings.features,
             pieces=pieces if self.whole > 1 else None,
             slots=slots,
+            shares=shares,
         )
         batch["pieces"] = pieces
         return batch
@@ -107,23 +115,31 @@ def pack(
     *,
     length: int,
     pad_token_id: int,
+    memory_token_id: int,
     features: Features = "ocr",
     pieces: int | None = None,
     slots: bool = False,
+    shares: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """One packed row.
 
     Args:
+        memory_token_id: the placeholder's id.
         pieces: to a memory token of the bank, for `rival_slots`.
         slots: give `slots` although the features are those of pages.
+        shares: of the loss by task; None: every label weighs the same.
 
     Returns:
         `input_ids`, `labels`, `position_ids` int64 [1, length]; `cu_seq_lens_q` int32; `max_length_q`;
         `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has
-        none; for a rival `slots` int32 [P, V, tokens] as `rival_slots` gives them, and where asked for, those under the
+        none; `placeholder_index`, `memory_index`, `target_index` and `target_weights` as `MEMModel.forward` takes them;
+        for a rival `slots` int32 [P, V, tokens] as `rival_slots` gives them, and where asked for, those under the
         memory tokens' pixels;
         `task_of_label` int64 [N], the index in `TASKS`; and where samples are distilled `teacher_…` of the same kind,
-        with `distilled` bool [N].
+        with `distilled_index` int64, their labels among the N.
+
+    Raises:
+        SpliceError: the placeholders are not as many as the memory tokens.
     """
     row = _row([(sample.input_ids_T, sample.labelled_T) for sample in samples], length, pad_token_id)
     units: list[list[int]] = []
@@ -133,15 +149,16 @@ def pack(
             page = sample.units[begin : begin + bank.units_per_page]
             units.append(page)
             tokens.append(int(bank.unit_tokens_U[page].sum()))
+    width = max(map(len, units))
+    tasks_N = np.concatenate([np.full(int(s.labelled_T[1:].sum()), TASKS.index(s.task)) for s in samples])  # pyright: ignore
     batch: dict[str, Any] = {
         **row,
+        **splice_index(row["input_ids"], memory_token_id, tokens, width * bank.tokens_per_unit),
+        "target_weights": torch.from_numpy(target_weights(tasks_N, shares)),
         "page_num_tokens": torch.tensor(tokens),
         "num_pages": torch.tensor([len(tokens)]),
-        "task_of_label": torch.from_numpy(
-            np.concatenate([np.full(int(s.labelled_T[1:].sum()), TASKS.index(s.task)) for s in samples])  # pyright: ignore
-        ),
+        "task_of_label": torch.from_numpy(tasks_N),
     }
-    width = max(map(len, units))
     units_PU = np.array([page + [-1] * (width - len(page)) for page in units], dtype=np.int64)
     batch["units"] = torch.from_numpy(units_PU)
     if features != "ocr":
@@ -156,10 +173,40 @@ def pack(
             pad_token_id,
         )
         batch.update({f"teacher_{name}": value for name, value in teacher.items()})
-        batch["distilled"] = torch.from_numpy(
-            np.concatenate([np.full(int(s.labelled_T[1:].sum()), s.teacher_ids_T is not None) for s in samples])
-        )
+        taught = [np.full(int(s.labelled_T[1:].sum()), s.teacher_ids_T is not None) for s in samples]
+        batch["distilled_index"] = torch.from_numpy(np.concatenate(taught).nonzero()[0])
     return batch
+
+
+def splice_index(
+    input_ids: torch.Tensor, memory_token_id: int, page_num_tokens: Sequence[int], tokens_per_page: int
+) -> dict[str, torch.Tensor]:
+    """Where the placeholders of a row stand, and the memory token of each, counted here and not on the GPU.
+
+    Args:
+        tokens_per_page: V of the row's features.
+    """
+    placeholders_M = (input_ids[0] == memory_token_id).nonzero()[:, 0]
+    memory_M = np.concatenate(
+        [np.arange(number) + page * tokens_per_page for page, number in enumerate(page_num_tokens)]
+    )
+    if len(placeholders_M) != len(memory_M):
+        raise SpliceError(
+            f"a packed row has {len(placeholders_M)} placeholders (id {memory_token_id}) and {len(memory_M)} memory "
+            "tokens; the two must be equal. Is the placeholder's id also in the text of a sample?"
+        )
+    return {"placeholder_index": placeholders_M, "memory_index": torch.from_numpy(memory_M)}
+
+
+def target_weights(tasks_N: np.ndarray, shares: Mapping[str, float] | None) -> np.ndarray:
+    """Weight of each label's loss, float32 [N], adding up to 1: a task's share dealt out over its labels in the row,
+    so that a task of short answers is not drowned by one of long ones. None: the same for all."""
+    if shares is None:
+        return np.full(len(tasks_N), 1 / max(1, len(tasks_N)), dtype=np.float32)
+    counts = np.bincount(tasks_N, minlength=len(TASKS))
+    weights = np.array([shares.get(task, 0.0) for task in TASKS]) / counts.clip(min=1)
+    weights_N = weights[tasks_N]
+    return (weights_N / weights_N.sum()).astype(np.float32)
 
 
 def _row(pieces: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad_token_id: int) -> dict[str, Any]:
@@ -182,6 +229,7 @@ def _row(pieces: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad_token
         "position_ids": torch.from_numpy(positions)[None],
         "cu_seq_lens_q": torch.tensor(edges, dtype=torch.int32),
         "max_length_q": int(np.diff(edges).max()),
+        "target_index": torch.from_numpy((labels[1:] != IGNORE_INDEX).nonzero()[0]),
     }
 
 

@@ -64,6 +64,8 @@ QUESTIONS = 4
 """Questions about one memory, one turn each, where the text has so many sentences to ask about."""
 RECENT_TURNS = 8
 """Most turns of a conversation that stay text in front of a reply."""
+JOINED = 4
+"""Most texts of which the memory behind questions is made."""
 ATTEMPTS = 8
 """Places tried for a task before another document is drawn."""
 
@@ -85,7 +87,6 @@ class Sample:
     teacher_ids_T: np.ndarray | None = None
     """The same prompt with the text in place of the memory, where the task is distilled."""
     teacher_labelled_T: np.ndarray | None = None
-    document: int = 0
 
 
 class Frame:
@@ -220,9 +221,7 @@ class TaskSampler:
         start, end = self._characters(document, first, stop)
         return self._build(
             "reconstruction",
-            document,
             self._units(document, first, stop),
-            (start, end),
             [(question, self._text_ids(document, start, end))],
             bare=bare,
         )
@@ -240,12 +239,10 @@ class TaskSampler:
         limit = int(self.bank.token_starts_T[first_token + CONTINUATION_TOKENS]) if cut else 1 << 40
         return self._build(
             "continuation",
-            document,
             self._units(document, first, stop),
-            (start, end),
             [(CONTINUE[int(rng.integers(len(CONTINUE)))], self._text_ids(document, end, limit))],
             ends=not cut,
-            distil=True,
+            full_text=self._text_ids(document, start, end),
         )
 
     def _recall(self, rng: np.random.Generator, stage: Stage) -> Sample | None:
@@ -278,21 +275,24 @@ class TaskSampler:
         stage: Stage,
         ask: Callable[[str, int, int], tuple[str, str] | None],
     ) -> Sample | None:
+        """Questions about one text or several, one after the other in the memory."""
         for _ in range(ATTEMPTS):
-            run = self.run(rng, stage, pool="ordered")
-            if run is None:
-                continue
-            document, first, stop = run
-            start, end = self._characters(document, first, stop)
-            text = self.bank.documents[document].text
-            sentences = [match.span() for match in _SENTENCE.finditer(text, start, end)]
+            drawn = [self.run(rng, stage, pool="ordered") for _ in range(1 + int(rng.integers(JOINED)))]
+            units: list[int] = []
+            sentences: list[tuple[str, int, int]] = []
+            for run in drawn:
+                if run is None or (units and len(units) + run[2] - run[1] > stage.max_units):
+                    continue
+                units += self._units(*run)
+                text = self.bank.documents[run[0]].text
+                sentences += [(text, *match.span()) for match in _SENTENCE.finditer(text, *self._characters(*run))]
             order = rng.permutation(len(sentences))[: QUESTIONS * 2]
-            turns = [asked for i in order if (asked := ask(text, *sentences[i])) and asked[1]][:QUESTIONS]
+            turns = [asked for i in order if (asked := ask(*sentences[i])) and asked[1]][:QUESTIONS]
             if turns:
                 answers = [
                     (question, self.frame.ids(self.frame.chat_format.clean(answer))) for question, answer in turns
                 ]
-                return self._build(task, document, self._units(document, first, stop), (start, end), answers)
+                return self._build(task, units, answers)
         return None
 
     def _replies(self, document: int, cut: int) -> list[int]:
@@ -330,29 +330,26 @@ class TaskSampler:
         start = int(self.bank.unit_start_U[units[0]])
         return self._build(
             "reply",
-            document,
             units,
-            (start, cut),
             [(None, answer[:REPLY_TOKENS])],
             after=self.frame.ids(after),
             ends=len(answer) <= REPLY_TOKENS,
-            distil=True,
+            full_text=self._text_ids(document, start, cut),
         )
 
     def _build(
         self,
         task: str,
-        document: int,
         units: list[int],
-        characters: tuple[int, int],
         turns: Sequence[tuple[str | None, Sequence[int]]],
         *,
         after: Sequence[int] = (),
         ends: bool = True,
-        distil: bool = False,
+        full_text: Sequence[int] | None = None,
         bare: bool = False,
     ) -> Sample:
-        """Join the pieces; `after` stands for the questions where the turns have none."""
+        """Join the pieces; `after` stands for the questions where the turns have none, and `full_text` for the memory
+        where the sample is distilled."""
         body: list[int] = []
         labelled: list[bool] = []
         for number, (question, answer) in enumerate(turns):
@@ -365,15 +362,14 @@ class TaskSampler:
                 labelled += [False] * len(self.frame.end_tail)
         head = self.bare_head if bare else self.frame.head
         memory = [self.memory_token_id] * int(self.bank.unit_tokens_U[units].sum())
-        teacher = self._text_ids(document, *characters) if distil else []
 
         def join(middle: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
             ids = np.array([*head, *middle, *body], dtype=np.int64)
             return ids, np.array([False] * (len(head) + len(middle)) + labelled)
 
         ids_T, labelled_T = join(memory)
-        teacher_T, teacher_labelled_T = join(teacher) if distil else (None, None)
-        return Sample(task, ids_T, labelled_T, units, teacher_T, teacher_labelled_T, document)
+        teacher_T, teacher_labelled_T = (None, None) if full_text is None else join(full_text)
+        return Sample(task, ids_T, labelled_T, units, teacher_T, teacher_labelled_T)
 
     def _units(self, document: int, first: int, stop: int) -> list[int]:
         begin = int(self.bank.first_unit_K[document])

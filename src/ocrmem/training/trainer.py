@@ -44,6 +44,7 @@ class StopOnNonFinite(TrainerCallback):
 
     def __init__(self) -> None:
         self.skipped = 0
+        self._asked: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
 
     def on_pre_optimizer_step(
         self,
@@ -54,25 +55,53 @@ class StopOnNonFinite(TrainerCallback):
         model: MEMModel,
         **_: Any,
     ) -> None:
-        """Check all gradients of the projection; one small reduction a step."""
+        """Check all gradients of the projection; one small reduction a step.
+
+        On a GPU the answer is read at the next step, so that the host need not wait for this one to end.
+        """
         if args.fp16:  # its gradient scaler meets infinite gradients on purpose, and skips them
             return
+        self._read()
         grads = [parameter.grad for parameter in model.proj.parameters() if parameter.grad is not None]
-        if not grads or bool(torch.isfinite(torch.nn.utils.get_total_norm(grads))):
+        if not grads:
+            return
+        finite = torch.isfinite(torch.nn.utils.get_total_norm(grads))
+        for grad in grads:
+            grad.masked_fill_(~finite, 0.0)
+        event = None
+        if finite.is_cuda:
+            answer = finite.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            answer = finite
+        self._asked = (state.global_step + 1, answer, event)
+        if event is None:
+            self._read()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Read the last answer."""
+        self._read()
+
+    def _read(self) -> None:
+        if self._asked is None:
+            return
+        step, finite, event = self._asked
+        self._asked = None
+        if event is not None:
+            event.synchronize()
+        if bool(finite):
             self.skipped = 0
             return
         self.skipped += 1
-        step = state.global_step + 1
         if self.skipped > MAX_SKIPPED:
             raise TrainingError(
                 f"the gradient of the projection is not finite at step {step}, nor was it at the {MAX_SKIPPED} steps "
-                "before, so the run was stopped before that step. Start the same command again to go on from the last "
-                "checkpoint, with a lower training.learning_rate, llm.dtype=float32, or llm.attn_implementation=eager; "
-                "batches must be padded on the right."
+                "before, so the run was stopped; none of them changed a weight. Start the same command again to go on "
+                "from the last checkpoint, with a lower training.learning_rate, llm.dtype=float32, or "
+                "llm.attn_implementation=eager; batches must be padded on the right."
             )
         log.warning("the gradient of the projection is not finite at step %d; its batch is left out", step)
-        for grad in grads:
-            grad.zero_()
 
 
 class MEMTrainer(ExplainedTrainer):
