@@ -12,6 +12,7 @@ from ocrmem.evaluation.metrics import (
     gain_recovered,
     identifier_recall,
     identifiers,
+    mean_gain,
     mean_interval,
     paired_difference,
     token_f1,
@@ -151,6 +152,21 @@ def test_gain_recovered():
     assert gain_recovered(none, full, full, seed=0).mean == 1
     arm[3], none[4], full[5] = math.nan, math.inf, math.nan
     assert gain_recovered(none, arm, full, seed=0).n == 497
+
+
+def test_mean_gain_weighs_groups_the_same():
+    rng = np.random.default_rng(4)
+    groups = []
+    for share, n in ((0.2, 50), (0.8, 500)):
+        full = rng.gamma(4, 0.5, size=n)
+        none = full + rng.gamma(4, 0.25, size=n)
+        groups.append((none, none - share * (none - full), full))
+    gain = mean_gain(groups, seed=0)
+    assert gain.mean == pytest.approx(0.5)
+    assert gain.n == 550
+    assert gain.high - gain.low < 1e-9
+    none, _, full = groups[0]
+    assert mean_gain([*groups, (full, none, none)], seed=0).as_json() is None, "one group has no headroom"
 
 
 def test_gain_without_headroom_is_not_defined():

@@ -40,6 +40,7 @@ def using(task, arm, gain):
         "budget_tokens": 301.4,
         "ce": interval(2.5),
         "gain": gain,
+        "ce_over_memory": None if arm == "memory" else interval(0.125, 0.03),
         "exact_match": None,
         "token_f1": interval(0.25),
         "transcribes": interval(0.5),
@@ -61,6 +62,7 @@ def results(name="near-two", ratio=1.75):
             using("cued-recall", "BM25", interval(0.7)),
             using("cued-recall", "memory", interval(0.6)),
         ],
+        "mean_gain": [{"arm": "memory", "tasks": "cued-recall, next-turn", "gain": interval(0.5)}],
         "cost": [
             {
                 "arm": "full text",
@@ -89,9 +91,11 @@ def test_the_page_shows_every_figure(tmp_path):
     assert text.index("## near-four") < text.index("## near-two")
     assert "| near-two | 1.75× | 120,000 | 2026-03-04 | H100 \\| 80 GB |" in text
     assert "| prose | 1,024 | memory | 1.75× | 1,234 | 0.875 [0.855, 0.895] | 0.125 [0.105, 0.145] | – |" in text
-    row = "| memory | 200 | 301 | 2.500 [2.480, 2.520] | {} | – | 0.250 [0.230, 0.270] | 0.500 [0.480, 0.520] |"
-    assert row.format("0.600 [0.580, 0.620]") in text
-    assert row.format("–") in text
+    row = "| {} | 200 | 301 | 2.500 [2.480, 2.520] | {} | – | 0.250 [0.230, 0.270] | 0.500 [0.480, 0.520] |"
+    assert row.format("memory", "0.600 [0.580, 0.620] | –") in text
+    assert row.format("memory", "– | –") in text
+    assert row.format("BM25", "0.700 [0.680, 0.720] | 0.125 [0.095, 0.155]") in text
+    assert "| memory | cued-recall, next-turn | 0.500 [0.480, 0.520] |" in text
     assert text.index("#### Cued recall, conversations") < text.index("#### Next turn, conversations")
     assert "| full text | warm | 301 | – | – | 12.35 | 4.00 |" in text
     assert "- LLMLingua-2: its model cannot | be had" in text
@@ -140,7 +144,7 @@ def test_bars_stand_where_the_gain_is(tmp_path):
 
 
 def test_empty_tables_give_no_sections(tmp_path):
-    data = results() | {"reading": [], "using": [], "cost": [], "left_out": []}
+    data = results() | {"reading": [], "using": [], "mean_gain": [], "cost": [], "left_out": []}
     path = write_report(write(tmp_path / "r", x=data), tmp_path / "docs")
     assert "###" not in path.read_text(encoding="utf-8")
     assert "![" not in path.read_text(encoding="utf-8")

@@ -20,7 +20,9 @@ def command(
     reading_chars: Annotated[
         str, typer.Option(help="Lengths of the texts to reconstruct, in characters.")
     ] = "256,1024,4096",
-    parts: Annotated[str, typer.Option(help="Which parts to run.")] = "reading,using,cost",
+    parts: Annotated[
+        str, typer.Option(help="Parts to run; if not all, they replace those of an output file that is there.")
+    ] = "reading,using,cost",
     rival: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,8 +42,10 @@ def command(
     from rich.progress import Progress
 
     from ocrmem.errors import ConfigError
+    from ocrmem.evaluation.merge import merge_results
+    from ocrmem.evaluation.report import read_file
     from ocrmem.evaluation.rivals import parse_rivals
-    from ocrmem.evaluation.run import EvalSettings, evaluate
+    from ocrmem.evaluation.run import PARTS, EvalSettings, evaluate
     from ocrmem.files import write_text
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -54,6 +58,10 @@ def command(
     settings = EvalSettings(
         samples=samples, next_turn_samples=next_turn_samples, reading_chars=lengths, parts=tuple(parts.split(","))
     )
+    path = output or Path("results/fidelity") / f"{adapter.name}.json"
+    before = None
+    if set(settings.parts) != set(PARTS) and path.exists():
+        before = read_file(path)
     with Progress(console=_stderr(), transient=True) as bars:
         bar = bars.add_task("", total=None)
         results = evaluate(
@@ -64,8 +72,8 @@ def command(
             dtype=None if dtype is None else getattr(torch, dtype),
             progress=lambda name, done, total: bars.update(bar, description=name, completed=done, total=total),
         )
-    path = output or Path("results/fidelity") / f"{adapter.name}.json"
-    write_text(path, json.dumps(results, indent=1) + "\n")
+    whole = results if before is None else merge_results(before, results, source=str(path))
+    write_text(path, json.dumps(whole, indent=1) + "\n")
     if as_json:
         print(json.dumps(results))
         return

@@ -11,6 +11,7 @@ of a probe is the number of memory tokens that its history takes, and no arm but
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,8 @@ from ocrmem.evaluation.probes import Probe
 from ocrmem.evaluation.rivals import Rival, history_slots
 from ocrmem.memory.features import encode_pages
 
+# bm25s starts JAX where it is installed, which would keep three quarters of the GPU's memory for itself.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 try:
     import bm25s
 except ImportError:  # the arms that need it are left out, and named

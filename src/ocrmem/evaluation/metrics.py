@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,6 +164,16 @@ def paired_difference(
     return _bootstrap(_paired(a, b), lambda means: means[0] - means[1], seed=seed, level=level, resamples=resamples)
 
 
+def mean_gain(groups: Sequence[tuple[ArrayLike, ArrayLike, ArrayLike]], *, seed: int) -> Interval:
+    """Mean of `gain_recovered` over groups of probes, each (none, arm, full) and drawn again on its own.
+
+    NaN where the gain of one group is not defined.
+    """
+    found = [_resampled(_paired(*group), _gain, seed=seed + i, resamples=RESAMPLES) for i, group in enumerate(groups)]
+    n = sum(count for _, _, count in found)
+    return _interval(float(np.mean([m for m, _, _ in found])), np.mean([d for _, d, _ in found], axis=0), n, LEVEL)
+
+
 def gain_recovered(
     none: ArrayLike,
     arm: ArrayLike,
@@ -182,12 +192,12 @@ def gain_recovered(
         none, arm, full: cross-entropies in nats per token, [N] each, of the same probes in the same order. A probe
             that is NaN or infinite in one is left out of all three. They are resampled together.
     """
+    return _bootstrap(_paired(none, arm, full), _gain, seed=seed, level=level, resamples=resamples)
 
-    def gain(means: np.ndarray) -> np.ndarray:
-        headroom = means[0] - means[2]
-        return np.divide(means[0] - means[1], headroom, out=np.full_like(headroom, np.nan), where=headroom > 0)
 
-    return _bootstrap(_paired(none, arm, full), gain, seed=seed, level=level, resamples=resamples)
+def _gain(means_3R: np.ndarray) -> np.ndarray:
+    headroom = means_3R[0] - means_3R[2]
+    return np.divide(means_3R[0] - means_3R[1], headroom, out=np.full_like(headroom, np.nan), where=headroom > 0)
 
 
 def _paired(*arrays: ArrayLike) -> np.ndarray:
@@ -208,17 +218,25 @@ def _bootstrap(
         values: [K, N], K paired arrays.
         statistic: from means [K, R] to [R], NaN where not defined.
     """
+    return _interval(*_resampled(values, statistic, seed=seed, resamples=resamples), level)
+
+
+def _resampled(
+    values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, seed: int, resamples: int
+) -> tuple[float, np.ndarray, int]:
+    """The statistic in the sample and in each resample [R], and the number of probes without a value missing."""
     values = values[:, np.isfinite(values).all(axis=0)]
     n = values.shape[1]
-    undefined = Interval(math.nan, math.nan, math.nan, n)
-    mean = float(statistic(values.mean(axis=1, keepdims=True))[0]) if n else math.nan
-    if math.isnan(mean):
-        return undefined
+    if n == 0:
+        return math.nan, np.full(resamples, math.nan), 0
     rng = np.random.default_rng(seed)
     means = np.stack([values[:, rng.integers(n, size=n)].mean(axis=1) for _ in range(resamples)], axis=1)
-    drawn = statistic(means)
+    return float(statistic(values.mean(axis=1, keepdims=True))[0]), statistic(means), n
+
+
+def _interval(mean: float, drawn: np.ndarray, n: int, level: float) -> Interval:
     tail = (1 - level) / 2
-    if np.isnan(drawn).mean() > tail:
-        return undefined
+    if math.isnan(mean) or np.isnan(drawn).mean() > tail:
+        return Interval(math.nan, math.nan, math.nan, n)
     low, high = np.nanquantile(drawn, [tail, 1 - tail])
     return Interval(mean, float(low), float(high), n)

@@ -97,6 +97,7 @@ TOP = {
     "adapter": "object",
     "reading": "rows",
     "using": "rows",
+    "mean_gain": "rows",
     "cost": "rows",
     "left_out": "rows",
 }
@@ -122,10 +123,12 @@ ROWS = {
         "budget_tokens": "number",
         "ce": "interval",
         "gain": "interval?",
+        "ce_over_memory": "interval?",
         "exact_match": "interval?",
         "token_f1": "interval?",
         "transcribes": "interval?",
     },
+    "mean_gain": {"arm": "text", "tasks": "text", "gain": "interval?"},
     "cost": {
         "arm": "text",
         "tokens": "number",
@@ -183,14 +186,20 @@ def read_results(folder: Path) -> list[Results]:
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
         raise DataError(f"no results in {str(folder)!r}: expected *.json files. Make one with `ocrmem eval ADAPTER`.")
-    found = []
-    for path in paths:
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as JSON: {error}. {_again()}") from error
-        found.append(Results(path.stem, check_schema(data, source=str(path))))
-    return found
+    return [Results(path.stem, read_file(path)) for path in paths]
+
+
+def read_file(path: Path) -> Row:
+    """The data of one results file.
+
+    Raises:
+        DataError: it is no results file of this version.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}. {_again()}") from error
+    return check_schema(data, source=str(path))
 
 
 def write_report(results_folder: Path, docs_folder: Path) -> Path:
@@ -214,8 +223,10 @@ def page(results: Sequence[Results]) -> str:
         "",
         "Made from `results/fidelity/*.json` by `python -m ocrmem.evaluation.report`. All texts are held out. Square",
         "brackets are 95% bootstrap intervals over probes. CE is cross-entropy in nats per token of the answer;",
-        "G = (CE none − CE arm) / (CE none − CE full text), so 0 is no memory and 1 the full text. `–` stands where a",
-        "figure is not defined: no such step, no identifiers, or no certain gap between no memory and the full text.",
+        "G = (CE none − CE arm) / (CE none − CE full text), so 0 is no memory and 1 the full text. Arms of a task are",
+        "scored on the same probes, so `CE over memory's`, the mean of the differences, tells arms apart where the",
+        "intervals of G overlap: above 0 the memory is better. `–` stands where a figure is not defined: no such step,",
+        "no identifiers, or no certain gap between no memory and the full text.",
         "",
         *_table(
             ["adapter", "compression ratio", "steps", "evaluated", "device"],
@@ -243,6 +254,9 @@ def _section(results: Results) -> list[str]:
         lines += ["### Using", "", f"![Gain recovered of every arm](fidelity/{quote(_using_plot(results))})", ""]
         for (task, source), rows in _by_task(data["using"]).items():
             lines += [f"#### {_heading(task, source)}", "", *_using_table(rows), ""]
+    if data["mean_gain"]:
+        cells = [[row["arm"], row["tasks"], _interval(row["gain"])] for row in data["mean_gain"]]
+        lines += ["#### Mean of the tasks", "", *_table(["arm", "tasks", "G"], cells), ""]
     if data["cost"]:
         lines += ["### Cost", "", *_cost_table(data["cost"]), ""]
     if data["left_out"]:
@@ -268,10 +282,11 @@ def _reading_table(rows: Iterable[Row]) -> list[str]:
 def _using_table(rows: Iterable[Row]) -> list[str]:
     cells = [
         [row["arm"], f"{row['n']:,}", f"{row['budget_tokens']:.0f}"]
-        + [_interval(row[key]) for key in ("ce", "gain", "exact_match", "token_f1", "transcribes")]
+        + [_interval(row[key]) for key in ("ce", "gain", "ce_over_memory", "exact_match", "token_f1", "transcribes")]
         for row in rows
     ]
-    return _table(["arm", "probes", "tokens", "CE", "G", "exact match", "token F1", "transcribes"], cells)
+    head = ["arm", "probes", "tokens", "CE", "G", "CE over memory's", "exact match", "token F1", "transcribes"]
+    return _table(head, cells)
 
 
 def _cost_table(rows: Iterable[Row]) -> list[str]:

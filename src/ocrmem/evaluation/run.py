@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -40,6 +41,8 @@ READING_ROOM = 1.25
 """A greedy reconstruction may have so many times the tokens of its target."""
 ANSWERED = ("none", "full-text", "bm25", "memory", "shuffled-memory", *RIVALS)
 """Arms whose answers are generated and read; the others are scored by cross entropy alone."""
+FIXED_ARMS = ("none", "full-text")
+"""The ends of the scale of G."""
 PARTS = ("reading", "using", "cost")
 """What an evaluation consists of."""
 LEFT_OUT = (("llmlingua-2", "its model is in no package registry, so it could not be had"),)
@@ -137,6 +140,7 @@ def evaluate(
         "rivals": [{"arm": rival.kind, "steps": int(rival.manifest.get("steps", 0))} for rival in loaded],
         "reading": reading,
         "using": using,
+        "mean_gain": run.mean_gains() if using else [],
         "cost": run.cost(conversations) if "cost" in settings.parts else [],
         "left_out": [{"arm": arm, "reason": reason} for arm, reason in (*LEFT_OUT, *left_out, *arms_left_out())],
     }
@@ -188,6 +192,7 @@ class _Run:
         self.progress = progress
         self.device = next(model.proj.parameters()).device
         self.ratios: list[float] = []
+        self.losses: dict[tuple[str, str], dict[str, Any]] = {}
         generator = torch.Generator().manual_seed(settings.seeds[0])
         self.untrained = _untrained(model, generator)
 
@@ -257,6 +262,7 @@ class _Run:
                 s.next_turn_samples)),
         ]  # fmt: skip
         rows = []
+        self.losses = {}
         for task, source, found in tasks:
             if not found:
                 continue
@@ -277,6 +283,25 @@ class _Run:
                 if generates:
                     answers[arm] = scorer.answer(prompts, max_new_tokens=[s.answer_tokens] * len(prompts))
             rows += [self._row(task, source, arm, found, contexts, losses, answers.get(arm)) for arm in losses]
+            self.losses[task, source] = losses
+        return rows
+
+    def mean_gains(self) -> list[dict[str, Any]]:
+        """Mean of G over the tasks that `using` scored, the sources of a task together, for each arm."""
+        tasks = list(dict.fromkeys(task for task, _ in self.losses))
+        rows = []
+        for arm in next(iter(self.losses.values()), ()):
+            if arm in FIXED_ARMS:
+                continue
+            groups = []
+            for task in tasks:
+                scored = [losses for (of, _), losses in self.losses.items() if of == task]
+                none, ours, full = (
+                    np.concatenate([losses[name] for losses in scored]) for name in ("none", arm, "full-text")
+                )
+                groups.append((none, ours, full))
+            gain = metrics.mean_gain(groups, seed=self.settings.seeds[0]).as_json()
+            rows.append({"arm": arm, "tasks": ", ".join(tasks), "gain": gain})
         return rows
 
     def _row(
@@ -290,7 +315,7 @@ class _Run:
         answers: list[str] | None,
     ) -> dict[str, Any]:
         seed = self.settings.seeds[0]
-        fixed = arm in ("none", "full-text")
+        fixed = arm in FIXED_ARMS
         name = "memory" if arm == "untrained-projection" else arm
         budget = statistics.fmean(contexts.context(name, i).num_tokens for i in range(len(found)))
         row: dict[str, Any] = {
@@ -303,6 +328,9 @@ class _Run:
             "gain": None
             if fixed
             else metrics.gain_recovered(losses["none"], losses[arm], losses["full-text"], seed=seed).as_json(),
+            "ce_over_memory": None
+            if arm == "memory"
+            else metrics.paired_difference(losses[arm], losses["memory"], seed=seed).as_json(),
             "exact_match": None,
             "token_f1": None,
             "transcribes": None,

@@ -1,0 +1,59 @@
+"""Parts of an evaluation, one results file."""
+
+import copy
+
+import pytest
+from test_report import interval, reading, results, using
+
+from ocrmem.errors import DataError
+from ocrmem.evaluation.merge import merge_results
+
+
+def parts():
+    first = results()
+    first |= {"using": [], "mean_gain": [], "cost": [], "command": "ocrmem eval a --parts reading"}
+    first["left_out"] = [{"arm": "convolution", "reason": "none was given"}, {"arm": "llmlingua-2", "reason": "no"}]
+    second = results()
+    second |= {"reading": [], "command": "ocrmem eval a --parts using,cost", "created": "2026-03-05"}
+    second["using"] = [using("cloze", "memory", interval(0.5)), using("cloze", "convolution", interval(0.25))]
+    return first, second
+
+
+def test_parts_become_one_file():
+    first, second = parts()
+    whole = merge_results(first, second, source="file")
+    assert whole["reading"] == first["reading"]
+    assert (whole["using"], whole["mean_gain"], whole["cost"]) == (
+        second["using"],
+        second["mean_gain"],
+        second["cost"],
+    )
+    assert whole["command"] == "ocrmem eval a --parts reading && ocrmem eval a --parts using,cost"
+    assert whole["created"] == "2026-03-05"
+    assert {row["arm"] for row in whole["left_out"]} == {"llmlingua-2", "LLMLingua-2"}, "convolution is there"
+    assert whole["adapter"]["memory_ratio"] == pytest.approx(1.75)
+
+
+def test_a_part_that_is_run_again_replaces_its_rows():
+    first, second = parts()
+    whole = merge_results(first, second, source="file")
+    again = copy.deepcopy(first)
+    again["reading"] = [reading("memory", 1024, 0.5, 2.25)]
+    found = merge_results(whole, again, source="file")
+    assert [(row["num_chars"], row["token_accuracy"]["mean"]) for row in found["reading"]] == [(256, 0.9), (1024, 0.5)]
+    assert found["command"] == "ocrmem eval a --parts using,cost && ocrmem eval a --parts reading"
+    assert found["adapter"]["memory_ratio"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "CPU"}, r"file holds an evaluation with device H100 . 80 GB, and these results have CPU"),
+        ({"seeds": [0]}, "with seeds"),
+        ({"adapter": {"name": "near-two", "steps": 1, "memory_ratio": 1.0}}, "'steps': 120000.*'steps': 1"),
+    ],
+)
+def test_results_of_something_else_are_refused(change, message):
+    first, second = parts()
+    with pytest.raises(DataError, match=message):
+        merge_results(first, second | change, source="file")
