@@ -450,6 +450,8 @@ def test_a_run_with_objectives_learns_and_resumes_exactly(tmp_path):
     names = {key for entry in whole.log_history for key in entry}
     assert {"warm_start", "reconstruction_loss", "distillation", "memory_varies", "wrong_page_loss"} <= names
     assert {"eval_reconstruction-1_accuracy", "eval_reconstruction-1-pieces-1_loss_wrong_page"} <= names
+    assert "eval_recall_loss" in names
+    assert "eval_reply_loss" not in names  # the held-out file has no conversation
     manifest = read_manifest(whole.adapter)
     assert manifest["steps"] == 5
     assert len(manifest["documents"]) >= 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import json
 import platform
 import statistics
@@ -422,13 +423,13 @@ class _Run:
             torch.cuda.synchronize()
 
     def _deal(self, make: Callable[[int, int], list[Probe]], n: int) -> list[Probe]:
-        """Probes of every seed, as many from each, none twice."""
-        seeds = self.settings.seeds
+        """Probes of the seeds in turn, none twice, until there are n."""
         found: dict[tuple[str, str, str], Probe] = {}
-        for seed in seeds:
-            for probe in make(-(-n // len(seeds)), seed):
-                found.setdefault((probe.history, probe.query, probe.target), probe)
-        return list(found.values())[:n]
+        for dealt in itertools.zip_longest(*(make(n, seed) for seed in self.settings.seeds)):
+            for probe in dealt:
+                if probe is not None and len(found) < n:
+                    found.setdefault((probe.history, probe.query, probe.target), probe)
+        return list(found.values())
 
     def _contexts(self, found: list[Probe]) -> Contexts:
         seed = self.settings.seeds[0]

@@ -12,14 +12,14 @@ import numpy as np
 from transformers import TrainerCallback, set_seed
 
 from ocrmem.assets.cache import cache_dir
-from ocrmem.config.objectives import ObjectiveSettings, Stage
+from ocrmem.config.objectives import ObjectiveSettings, Stage, share_of
 from ocrmem.config.train import TrainConfig
 from ocrmem.data.bank import Bank, BankDocument, build_bank
 from ocrmem.data.processor import MEMProcessor
 from ocrmem.encoders.base import OCREncoder
 from ocrmem.encoders.pp_ocr import PPOCREncoder
 from ocrmem.encoders.registry import build_encoder
-from ocrmem.errors import ConfigError
+from ocrmem.errors import ConfigError, DataError
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.training.build import build_model, find_data, training_arguments
 from ocrmem.training.corpus import read_corpora, shuffled_documents
@@ -66,7 +66,7 @@ def build_objective_trainer(
     eval_rows: dict[str, list[dict[str, Any]]] = {}
     eval_source = None
     if settings.eval_corpora:
-        eval_chars = min(EVAL_CHARS, (settings.max_chars or 10 * EVAL_CHARS) // 10)
+        eval_chars = min(EVAL_CHARS, max(2000, (settings.max_chars or 10 * EVAL_CHARS) // 10))
         eval_bank = _bank(config, settings, settings.eval_corpora, eval_chars, model, processor, arguments)
         eval_rows = evaluation_rows(samplers(eval_bank, config, frame, processor), rows)
         eval_source = source(eval_bank, settings.features_on_device)
@@ -142,23 +142,49 @@ def _bank(
 
 
 def evaluation_rows(by_pieces: dict[int, TaskSampler], rows: PackedRows) -> dict[str, list[dict[str, Any]]]:
-    """Packed rows of held-out reconstruction at `EVAL_UNITS` units and every number of pieces; always the same."""
-    length = rows.settings.packed_length
-    result: dict[str, list[dict[str, Any]]] = {}
-    packed = PackedRows(by_pieces, rows.settings, seed=0, rows_per_step=1, pad_token_id=rows.pad_token_id)
-    for pieces, sampler in sorted(by_pieces.items()):
+    """Packed rows of held-out text, always the same: reconstruction at `EVAL_UNITS` units and every number of pieces,
+    and each other task of the curriculum at the lengths of the last stage that has it. A task or a length that the
+    held-out files have no text for, or that does not fit into a row, is left out."""
+    whole, stages = max(by_pieces), rows.settings.stages
+    wanted: dict[str, tuple[str, int, Stage]] = {}
+    for pieces in sorted(by_pieces):
         for units in EVAL_UNITS:
-            rng = np.random.default_rng([1, units])
-            stage = Stage(steps=1, min_units=units, max_units=units)
-
-            def draw(sampler: TaskSampler = sampler, rng: np.random.Generator = rng, stage: Stage = stage) -> Sample:
-                run = None
-                while run is None:
-                    run = sampler.run(rng, stage)
-                return sampler.reconstruction(*run, question=REPEAT[0])
-
-            if not (sampler.bank.num_units_K >= units).any() or len(draw().input_ids_T) > length / 1.2:
-                continue
-            name = f"reconstruction-{units}" + ("" if pieces == max(by_pieces) else f"-pieces-{pieces}")
-            result[name] = [packed.pack(fill(draw, length), pieces) for _ in range(EVAL_ROWS)]
+            name = f"reconstruction-{units}" + ("" if pieces == whole else f"-pieces-{pieces}")
+            wanted[name] = ("reconstruction", pieces, Stage(steps=1, min_units=units, max_units=units))
+    for stage in stages:
+        for task in share_of(stage.tasks)[0]:
+            if task != "reconstruction":
+                wanted[task] = (task, stage.pieces or whole, stage)
+    packed = PackedRows(by_pieces, rows.settings, seed=0, rows_per_step=1, pad_token_id=rows.pad_token_id)
+    result: dict[str, list[dict[str, Any]]] = {}
+    for name, (task, pieces, stage) in wanted.items():
+        found = _held_out_rows(by_pieces[pieces], packed, task, pieces, stage)
+        if found:
+            result[name] = found
     return result
+
+
+def _held_out_rows(
+    sampler: TaskSampler, packed: PackedRows, task: str, pieces: int, stage: Stage
+) -> list[dict[str, Any]]:
+    rng = np.random.default_rng([1, stage.min_units])
+    length = packed.settings.packed_length
+
+    def draw() -> Sample:
+        if task == "reconstruction":
+            run = None
+            while run is None:
+                run = sampler.run(rng, stage)
+            return sampler.reconstruction(*run, question=REPEAT[0])
+        return dataclasses.replace(sampler.sample(rng, alone), teacher_ids_T=None, teacher_labelled_T=None)
+
+    alone = dataclasses.replace(stage, tasks={task: 1.0})
+    if not (sampler.bank.num_units_K >= stage.min_units).any():
+        return []
+    try:
+        if len(draw().input_ids_T) > length / 1.2:
+            return []
+        return [packed.pack(fill(draw, length), pieces) for _ in range(EVAL_ROWS)]
+    except DataError as error:
+        log.warning("no held-out rows of task %s: %s", task, error)
+        return []

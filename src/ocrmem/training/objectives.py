@@ -120,8 +120,8 @@ class ObjectiveTrainer(MEMTrainer):
     """Trains on `PackedRows`; checkpoints, resume and the gradient check are those of `MEMTrainer`.
 
     Args:
-        eval_rows: packed rows of held-out text by name (`reconstruction-1`); each is run whole, its own loss and
-            token accuracy reported, and once with the pages of other samples.
+        eval_rows: packed rows of held-out text by name (`reconstruction-1`, `cloze`); each is run whole, its own loss
+            and token accuracy reported, and once with the pages of other samples.
     """
 
     def __init__(
