@@ -137,6 +137,7 @@ def test_an_evaluation_fills_every_table(model_and_processor, tmp_path):
     assert {row["task"] for row in results["using"]} == {"cued-recall", "cloze", "next-turn"}
     assert {row["arm"] for row in results["left_out"]} == {"llmlingua-2", "mean-pooling", "convolution"}
     assert all(done <= total for _, done, total in steps)
+    assert steps.index(("reading 200: answers", 0, 4)) < steps.index(("reading 200: answers", 4, 4))
     page = write_report(_written(results, tmp_path), tmp_path / "docs")
     assert "untrained-projection" in page.read_text()
 

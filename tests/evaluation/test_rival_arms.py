@@ -134,6 +134,84 @@ def test_every_rival_is_read_by_its_own_projection(contexts, probes, model_and_p
         assert len(answer) == len(probes)
 
 
+def prompts_of(arms, contexts, processor):
+    return [
+        make_prompt(probe, contexts.context(arm, index), processor.chat_format)
+        for arm in arms
+        for index, probe in enumerate(contexts.probes)
+    ]
+
+
+@pytest.fixture
+def generated(model_and_processor, monkeypatch):
+    """New token ids of every call of the LLM's `generate`, one list a row."""
+    calls, llm = [], model_and_processor[0].base_llm_model
+    generate = llm.generate
+
+    def noted(**arguments):
+        calls.append(generate(**arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(llm, "generate", noted)
+    return calls
+
+
+def test_several_arms_in_one_call_answer_as_each_alone(contexts, model_and_processor, generated, monkeypatch):
+    monkeypatch.setattr("ocrmem.evaluation.scoring.ANSWER_POSITIONS", 10**6)
+    model, processor = model_and_processor
+    arms = ("shuffled-memory", "convolution", "none", "memory", "full-text", "mean-pooling", "bm25")
+    assert set(arms) <= set(contexts.arms)
+    rooms = [5 + 3 * index for index in range(len(contexts.probes))]
+    scorer, own = Scorer(model, processor), model.proj
+    together = scorer.answer(prompts_of(arms, contexts, processor), max_new_tokens=rooms * len(arms))
+    assert model.proj is own
+    assert len(generated) == 1
+    alone = {arm: scorer.answer(prompts_of([arm], contexts, processor), max_new_tokens=rooms) for arm in arms}
+    assert together == [answer for arm in arms for answer in alone[arm]]
+    assert len({tuple(answers) for answers in alone.values()}) == len(arms), "the arms cannot be told apart"
+
+
+def test_several_arms_in_one_call_score_as_each_alone(contexts, model_and_processor):
+    model, processor = model_and_processor
+    arms = ("convolution", "memory", "full-text", "mean-pooling")
+    scorer = Scorer(model, processor)
+    together, _ = scorer.score(prompts_of(arms, contexts, processor))
+    alone = [scorer.score(prompts_of([arm], contexts, processor))[0] for arm in arms]
+    assert together == pytest.approx(np.concatenate(alone), rel=1e-4)
+
+
+@pytest.mark.parametrize("has_end", [True, False])
+def test_an_answer_has_no_more_than_its_own_length(has_end, contexts, model_and_processor, generated, monkeypatch):
+    """Also where no token ends an answer, and `generate` goes on with one that is full."""
+    model, processor = model_and_processor
+    if not has_end:
+        monkeypatch.setattr(model.base_llm_model.generation_config, "eos_token_id", None)
+    prompts = prompts_of(["memory"], contexts, processor)[:2]
+    scorer = Scorer(model, processor)
+    for prompt in prompts:
+        scorer.answer([prompt], max_new_tokens=[12])
+    (short,), (long,) = (ids_BS.tolist() for ids_BS in generated)
+    expected = [processor.tokenizer.decode(short[:3]), processor.tokenizer.decode(long)]
+    assert scorer.answer(prompts, max_new_tokens=[3, 12]) == expected
+    if has_end:
+        assert sorted(generated[-1].tolist()) == sorted([short[:3] + [processor.pad_token_id] * 9, long])
+
+
+def test_a_batch_ends_when_every_answer_has_ended_or_is_full(contexts, model_and_processor, generated, monkeypatch):
+    """One answer may be long but ends itself soon: the other, which would go on, does not keep the batch going."""
+    model, processor = model_and_processor
+    prompts = prompts_of(["memory"], contexts, processor)[:2]
+    scorer = Scorer(model, processor)
+    for prompt in prompts:
+        scorer.answer([prompt], max_new_tokens=[12])
+    (ends,), (goes_on,) = (ids_BS.tolist() for ids_BS in generated)
+    last = next(step for step in range(1, 5) if ends[step] not in (*ends[:step], *goes_on))
+    monkeypatch.setattr(model.base_llm_model.generation_config, "eos_token_id", ends[last])
+    answers = scorer.answer(prompts, max_new_tokens=[12, 6])
+    assert generated[-1].shape == (2, 6)
+    assert answers == [processor.tokenizer.decode(ends[: last + 1]), processor.tokenizer.decode(goes_on[:6])]
+
+
 def test_the_command_writes_the_arms(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("ocrmem.evaluation.run.EvalSettings", lambda **_: SMALL)
     given = [f"--rival={kind}={folders / kind}" for kind in RIVALS]

@@ -10,15 +10,13 @@ from tiny import tiny_model
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import CheckpointError, ConfigError
 from ocrmem.model.adapter import load_projection, read_manifest
-from ocrmem.model.projection import Projection
+from ocrmem.model.projection import Projection, rotary, turned
 
 
 def projection(**settings):
     torch.manual_seed(0)
     values = {"kind": "attention", "num_layers": 1, "num_heads": 2, **settings}
-    return Projection(
-        ProjectionSettings(**values), feature_width=12, embedding_width=8, tokens_per_page=5, embedding_rms=0.1
-    )
+    return Projection(ProjectionSettings(**values), feature_width=12, embedding_width=8, embedding_rms=0.1)
 
 
 def test_fewer_pieces_to_a_token_give_the_tokens_in_between():
@@ -31,6 +29,30 @@ def test_fewer_pieces_to_a_token_give_the_tokens_in_between():
     assert (whole.shape, halves.shape, quarters.shape) == ((2, 5, 8), (2, 10, 8), (2, 20, 8))
     torch.testing.assert_close(whole, halves[:, 1::2])
     torch.testing.assert_close(whole, quarters[:, 3::4])
+
+
+def test_a_piece_sees_its_neighbours_and_none_beyond_the_used_part():
+    settings = {"pieces": 2, "context": 2, "num_layers": 1}
+    proj = projection(**settings)
+    assert proj.linear1.in_features == 6 * 5
+    features_PVE, used = torch.randn(1, 5, 12), torch.tensor([3])
+    before = proj(features_PVE, used)
+    changed = features_PVE.clone()
+    changed[0, 3:] += 1
+    torch.testing.assert_close(proj(changed, used)[0, :3], before[0, :3])
+    proj.attention.layers = torch.nn.ModuleList()
+    before, changed = proj(features_PVE), features_PVE.clone()
+    changed[0, 0, :6] += 1  # the first piece: in sight of the two after it, and not of the third
+    after = proj(changed)
+    assert not torch.allclose(after[0, 0], before[0, 0])
+    torch.testing.assert_close(after[0, 1:], before[0, 1:])
+
+
+def test_only_the_distance_between_pieces_counts():
+    alone, after_blanks = rotary(torch.arange(6), 4), rotary(torch.arange(3, 9), 4)
+    query, key = torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4)
+    scores = [turned(query, r) @ turned(key, r).transpose(-1, -2) for r in (alone, after_blanks)]
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
 
 
 def test_pieces_see_each_other_within_the_used_part_of_a_page_only():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from ocrmem.model.packed_attention import PACKED
 from ocrmem.render.renderer import Renderer
 from ocrmem.training.build import find_data
 from ocrmem.training.build_objectives import samplers
-from ocrmem.training.corpus import conversation_document, read_corpus, shuffled_documents
+from ocrmem.training.corpus import conversation_document, lexicon_documents, read_corpus, vocabulary_words
 from ocrmem.training.objectives import FORWARD_KEYS, distillation_loss, text_features, varying_share
 from ocrmem.training.optimizer import MuonAdamW
 from ocrmem.training.packing import PackedRows, fill, pack, token_slots
@@ -204,7 +205,11 @@ def test_rows_are_decided_by_their_number(bank, frame):
     by_pieces = {4: TaskSampler(bank.joined(4), frame, memory_token_id=memory_id(frame))}
     rows = PackedRows(by_pieces, settings, seed=0, rows_per_step=2, pad_token_id=0)
     assert len(rows) == 6
-    assert [rows[i]["warm_start"] for i in range(6)] == [True, True, False, False, False, False]
+    assert ["warm_start" in rows[i] for i in range(6)] == [True, True, False, False, False, False]
+    assert torch.equal(rows.first_row()["input_ids"], rows[2]["input_ids"])
+    warm = rows[0]
+    assert 1024 <= int(warm["page_num_tokens"].sum()) < 1024 + 2 * by_pieces[4].bank.tokens_per_unit
+    assert warm["slots"].shape[:2] == (len(warm["units"]), warm["units"].shape[1] * by_pieces[4].bank.tokens_per_unit)
     assert torch.equal(rows[3]["input_ids"], rows[3]["input_ids"])
     assert not torch.equal(rows[3]["input_ids"], rows[4]["input_ids"])
     row = rows[5]
@@ -392,12 +397,25 @@ def test_corpora(tmp_path):
     path.write_text("".join(json.dumps({"id": str(i), "text": PROSE}) + "\n" for i in range(5)), encoding="utf-8")
     documents = read_corpus(path, max_chars=2 * len(PROSE))
     assert len(documents) == 2
-    (shuffled,) = shuffled_documents(documents, 0.4)
-    assert sorted(shuffled.text.split()) == sorted(PROSE.split())
-    assert shuffled.text != PROSE
-    assert shuffled.shuffled
     with pytest.raises(DataError, match="cannot be read"):
         read_corpus(tmp_path / "none.jsonl")
+
+
+def test_the_lexicon_has_the_whole_vocabulary_and_the_rare_words_of_the_corpora(frame):
+    common = BankDocument("a", "the " * 4000 + "quetzalcoatl " * 40)
+    documents = lexicon_documents([common], frame.chat_format.tokenizer, 20.0)
+    words = Counter(word.strip(',.;:?!)"') for document in documents for word in document.text.split())
+    assert all(document.shuffled for document in documents)
+    assert sum(len(document.text) for document in documents) >= 20 * len(common.text)
+    # 4,000 to 40 in the text, 10 to 1 here
+    assert 5 < words["the"] / words["quetzalcoatl"] < 20
+    begins, continues = vocabulary_words(frame.chat_format.tokenizer)
+    assert {"house", "Paris"} <= set(begins)
+    assert "ing" in continues
+    assert len({word for word in begins if words[word]}) > 0.3 * len(begins)  # 15,000 draws of 32,000
+    assert any(word.isdigit() for word in words)
+    again = lexicon_documents([common], frame.chat_format.tokenizer, 20.0)
+    assert [document.text for document in again] == [document.text for document in documents]
 
 
 def test_a_conversation_is_drawn_as_its_history_is():
@@ -418,7 +436,7 @@ CONFIG = {
         "corpora": ["wiki-leads/train.jsonl", "chitchat/train.jsonl"],
         "eval_corpora": ["wiki-leads/heldout.jsonl"],
         "max_chars": 3000,
-        "shuffled": 0.3,
+        "lexicon": 0.3,
         "warm_start_steps": 2,
         "packed_length": 512,
         "log_memory_steps": 2,

@@ -61,9 +61,10 @@ class ObjectiveSettings:
     """Files for evaluation while training."""
     max_chars: int | None = None
     """Characters taken of each file, from documents spread over it; None: all."""
-    shuffled: float = 0.0
-    """Further documents for reconstruction, as a share of the prose, made of prose whose words are shuffled: what no
-    language model can guess has to be read."""
+    lexicon: float = 0.0
+    """Further documents for reconstruction, as a share of the corpora's characters, made of random words: from the
+    corpora with rare ones as often as the square root of their frequency says, from the LLM's whole vocabulary, and
+    figures. What no language model can guess has to be read."""
     warm_start_steps: int = 300
     """Steps, before the first stage, that bring each memory token near the mean embedding of the text tokens that it
     covers; the LLM does not run."""

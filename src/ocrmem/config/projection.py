@@ -18,6 +18,11 @@ class ProjectionSettings:
     """Width between the two linear layers; None: the LLM's embedding width."""
     num_layers: int = 2
     """Attention layers (kind `attention` alone)."""
+    mlp_ratio: int = 4
+    """Width of the MLP of an attention layer, in embedding widths (kind `attention` alone)."""
+    context: int = 0
+    """Neighbouring memory tokens, or pieces of them, on each side whose features the first layer sees besides its own:
+    a text token may begin under one and end under the next."""
     pieces: int = 1
     """Cut each memory token's features into this many pieces of one width, which attention sees apart before the last
     of them becomes the memory token (kind `attention` alone). A projection of many pieces also takes fewer to the
@@ -33,7 +38,9 @@ class ProjectionSettings:
             raise ConfigError(f"projection kind={self.kind!r}: expected 'mlp' or 'attention'.")
         if self.pieces != 1 and self.kind != "attention":
             raise ConfigError(f"projection pieces={self.pieces} needs kind 'attention'; kind is {self.kind!r}.")
-        for name in ("hidden_size", "num_layers", "num_heads", "pieces"):
+        if self.context < 0:
+            raise ConfigError(f"projection setting context={self.context}: expected 0 or more.")
+        for name in ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "pieces"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"projection setting {name}={value}: expected 1 or more.")

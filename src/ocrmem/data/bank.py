@@ -15,12 +15,15 @@ Letters besides those of `types`: U units in the bank, T text tokens, K document
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +131,7 @@ def build_bank(
     Args:
         folder: banks are kept in a subfolder named by all that decides them; written aside and renamed, so that a
             killed build leaves nothing that looks whole.
-        device: where the encoder is.
+        device: where the encoder is; from a GPU, copies of it work on every other GPU that the process sees.
         num_workers: processes that draw and tokenise.
         encode: False leaves the features empty [U, tokens per unit, 0], for rivals that read tokens.
         progress: called with documents done and documents in all.
@@ -282,19 +285,24 @@ def _write(
     )
     per_page = encoder.page.lines_per_page // encoder.lines_per_unit
     batch = ENCODE_BATCH.get(device.type, 8)
+    encoders = on_every_gpu(encoder, device) if encode else [encoder]
     waiting: list[np.ndarray] = []
+    encoding: deque[Future[np.ndarray]] = deque()
     spans, tokens, slots, ids, starts = [], [], [], [], []
     tails: list[tuple[int, int, int, int]] = []
     first_unit, own_units, first_token = [0], [], [0]
-    with (folder / "features.bin").open("wb") as file:
+    with (folder / "features.bin").open("wb") as file, ThreadPoolExecutor(len(encoders)) as pool:
 
         def flush(everything: bool) -> None:
             units = np.concatenate(waiting) if waiting else np.zeros((0,))
             size = batch * per_page
             while len(units) >= size or (everything and len(units)):
                 part, units = units[:size], units[size:]
-                file.write(_encode(encoder, part, per_page, device).tobytes())
+                encoding.append(pool.submit(_encode, encoders[0], part, per_page))
+                encoders.append(encoders.pop(0))
             waiting[:] = [units] if len(units) else []
+            while len(encoding) > (0 if everything else len(encoders)):
+                file.write(encoding.popleft().result().tobytes())
 
         for index, drawn in enumerate(loader):
             tails += [
@@ -334,8 +342,18 @@ def _itself(item: Any) -> Any:
     return item
 
 
+def on_every_gpu(encoder: OCREncoder, device: torch.device) -> list[OCREncoder]:
+    """The encoder, and where it is on a GPU a copy of it on every other one that this process sees."""
+    if device.type != "cuda":
+        return [encoder]
+    here = next(encoder.parameters()).device
+    others = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    return [encoder, *(copy.deepcopy(encoder).to(other) for other in others if other != here)]
+
+
 @torch.no_grad()
-def _encode(encoder: OCREncoder, units_UHW: np.ndarray, per_page: int, device: torch.device) -> np.ndarray:
+def _encode(encoder: OCREncoder, units_UHW: np.ndarray, per_page: int) -> np.ndarray:
+    device = next(encoder.parameters()).device
     count = len(units_UHW)
     pages = -(-count // per_page)
     height, width = encoder.page.page_height, encoder.page.page_width

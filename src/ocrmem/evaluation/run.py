@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from ocrmem.evaluation.arms import Contexts, arms_left_out
 from ocrmem.evaluation.probes import Probe
 from ocrmem.evaluation.report import SCHEMA, check_schema
 from ocrmem.evaluation.rivals import RIVALS, Rival, load_rival
-from ocrmem.evaluation.scoring import Scorer, make_prompt
+from ocrmem.evaluation.scoring import Prompt, Scorer, make_prompt
 from ocrmem.memory.history import history_text
 from ocrmem.model.adapter import read_manifest
 from ocrmem.model.mem_model import MEMModel
@@ -48,6 +48,8 @@ PARTS = ("reading", "using", "cost")
 """What an evaluation consists of."""
 LEFT_OUT = (("llmlingua-2", "its model is in no package registry, so it could not be had"),)
 """Arms that no evaluation can have, and why."""
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,26 +204,43 @@ class _Run:
         rows = []
         joined = [_joined(documents, start) for start in range(0, len(documents), 12)]
         for chars in self.settings.reading_chars:
+            contexts: dict[str, Contexts] = {}
+            prompts: dict[tuple[str, str], list[Prompt]] = {}
+            accuracies: dict[tuple[str, str], np.ndarray] = {}
             for source, given in (("prose", documents if chars < 1000 else joined), ("conversations", conversations)):
                 make = functools.partial(_reading, given, chars)
                 found = self._deal(make, max(1, self.settings.samples // 4))
                 if not found:  # no text is that long
                     continue
-                contexts = self._contexts(found)
-                for arm in ("memory", *contexts.rivals, "full-text", "none"):
-                    rows.append(self._read(arm, source, chars, found, contexts))
+                contexts[source] = self._contexts(found)
+                for arm in ("memory", *contexts[source].rivals, "full-text", "none"):
+                    prompts[source, arm] = self._prompts(arm, contexts[source])
+                    scorer = self._scorer(f"reading {chars} {source}: {arm}", len(found))
+                    _, accuracies[source, arm] = scorer.score(prompts[source, arm])
+            asked = {key: chosen for key, chosen in prompts.items() if key[1] != "none"}  # it has nothing to repeat
+            answers = self._answers(
+                f"reading {chars}: answers", asked, lambda prompt: int(READING_ROOM * len(prompt.target)) + 4
+            )
+            for (source, arm), accuracy in accuracies.items():
+                rows.append(self._read(arm, source, chars, contexts[source], accuracy, answers.get((source, arm), [])))
         return rows
 
-    def _read(self, arm: str, source: str, chars: int, found: list[Probe], contexts: Contexts) -> dict[str, Any]:
-        chosen = [contexts.context(arm, i) for i in range(len(found))]
-        prompts = [make_prompt(p, c, self.processor.chat_format) for p, c in zip(found, chosen, strict=True)]
-        scorer = self._scorer(f"reading {chars} {source}: {arm}", len(prompts) * (1 + (arm != "none")))
-        _, accuracy = scorer.score(prompts)
-        pairs: list[tuple[str, str]] = []
-        if arm != "none":  # there is nothing to repeat
-            room = [int(READING_ROOM * len(prompt.target)) + 4 for prompt in prompts]
-            answers = scorer.answer(prompts, max_new_tokens=room)
-            pairs = list(zip(answers, [probe.target for probe in found], strict=True))
+    def _prompts(self, arm: str, contexts: Contexts) -> list[Prompt]:
+        given = [contexts.context(arm, index) for index in range(len(contexts.probes))]
+        return [make_prompt(p, c, self.processor.chat_format) for p, c in zip(contexts.probes, given, strict=True)]
+
+    def _answers(
+        self, name: str, prompts: Mapping[Key, list[Prompt]], room: Callable[[Prompt], int]
+    ) -> dict[Key, list[str]]:
+        """Greedy answers of all arms in one call; `room` says how many tokens the answer to a prompt may have."""
+        flat = [prompt for chosen in prompts.values() for prompt in chosen]
+        answers = iter(self._scorer(name, len(flat)).answer(flat, max_new_tokens=[room(prompt) for prompt in flat]))
+        return {key: list(itertools.islice(answers, len(chosen))) for key, chosen in prompts.items()}
+
+    def _read(
+        self, arm: str, source: str, chars: int, contexts: Contexts, accuracy: np.ndarray, answers: list[str]
+    ) -> dict[str, Any]:
+        pairs = list(zip(answers, [probe.target for probe in contexts.probes], strict=True)) if answers else []
         seed = self.settings.seeds[0]
         ratio = statistics.fmean(
             len(ids) / max(1, context.num_tokens + self.separators)
@@ -234,7 +253,7 @@ class _Run:
             "num_chars": chars,
             "arm": arm,
             "ratio": ratio if arm in ("memory", *RIVALS) else 1.0,
-            "n": len(found),
+            "n": len(contexts.probes),
             "token_accuracy": metrics.mean_interval(accuracy, seed=seed).as_json(),
             "cer": self._interval([metrics.character_error_rate(a, t) for a, t in pairs]),
             "identifier_recall": self._interval([_or_nan(metrics.identifier_recall(a, t)) for a, t in pairs]),
@@ -268,21 +287,20 @@ class _Run:
             if not found:
                 continue
             contexts = self._contexts(found)
-            losses = {}
-            answers: dict[str, list[str]] = {}
+            prompts: dict[str, list[Prompt]] = {}
+            losses: dict[str, np.ndarray] = {}
             for arm in (*contexts.arms, "untrained-projection"):
-                name = "memory" if arm == "untrained-projection" else arm
-                chosen = [contexts.context(name, i) for i in range(len(found))]
-                prompts = [make_prompt(p, c, self.processor.chat_format) for p, c in zip(found, chosen, strict=True)]
-                generates = task != "next-turn" and arm in ANSWERED
-                scorer = self._scorer(f"{task} {source}: {arm}", len(prompts) * (1 + generates))
+                prompts[arm] = self._prompts("memory" if arm == "untrained-projection" else arm, contexts)
+                scorer = self._scorer(f"{task} {source}: {arm}", len(found))
                 trained = self.model.proj
                 if arm == "untrained-projection":
                     self.model.proj = self.untrained
-                losses[arm], _ = scorer.score(prompts)
+                losses[arm], _ = scorer.score(prompts[arm])
                 self.model.proj = trained
-                if generates:
-                    answers[arm] = scorer.answer(prompts, max_new_tokens=[s.answer_tokens] * len(prompts))
+            answers: dict[str, list[str]] = {}
+            if task != "next-turn":
+                asked = {arm: chosen for arm, chosen in prompts.items() if arm in ANSWERED}
+                answers = self._answers(f"{task} {source}: answers", asked, lambda _: s.answer_tokens)
             rows += [self._row(task, source, arm, found, contexts, losses, answers.get(arm)) for arm in losses]
             self.losses[task, source] = losses
         return rows
@@ -437,6 +455,7 @@ class _Run:
 
     def _scorer(self, name: str, total: int) -> Scorer:
         done = 0
+        self.progress(name, done, total)
 
         def advance(count: int) -> None:
             nonlocal done
@@ -454,7 +473,6 @@ def _untrained(model: MEMModel, generator: torch.Generator) -> Projection:
             model.config.projection_settings,
             feature_width=model.ocr_embed.feature_width,
             embedding_width=model.base_llm_model.config.get_text_config().hidden_size,
-            tokens_per_page=model.ocr_embed.tokens_per_page,
             embedding_rms=float(model.proj.embedding_rms),
         )
     return fresh.to(next(model.proj.parameters()).device).requires_grad_(False)

@@ -5,17 +5,19 @@ Letters besides those of `types`: N labelled positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from ocrmem.data.processor import MEMProcessor
 from ocrmem.evaluation.arms import Context
 from ocrmem.evaluation.probes import Probe
+from ocrmem.evaluation.rivals import Rival
 from ocrmem.memory.chat_format import ChatFormat
 from ocrmem.model.label_loss import IGNORE_INDEX, at_positions, labelled_positions, logits_at
 from ocrmem.model.mem_model import MEMModel
@@ -23,8 +25,11 @@ from ocrmem.types import Message
 
 BATCH_POSITIONS = {"cpu": 16384, "cuda": 65536}
 """Positions of one batch to score, padding included, by device."""
-ANSWER_POSITIONS = {"cpu": 16384, "cuda": 262144}
-"""Positions of one batch to answer: a step for each token takes as long for many answers as for few."""
+ANSWER_POSITIONS = 16384
+"""Positions of one batch to answer on the CPU, padding and new tokens included."""
+CACHE_SHARE = 0.4
+"""Of the free GPU memory, what the keys and values of one batch to answer may take, and as much again for what a layer
+computes over its prompts; the rest is for masks, and for the pieces that a growing cache leaves unused."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +47,11 @@ class Prompt:
         memory = [memory_token_id] * sum(self.context.page_num_tokens)
         target = self.target if with_target else []
         return [*self.before, *self.context.text_ids, *memory, *self.after, *target]
+
+    def length(self, *, with_target: bool) -> int:
+        """How many `ids` there are."""
+        target = len(self.target) if with_target else 0
+        return len(self.before) + self.context.num_tokens + len(self.after) + target
 
 
 def make_prompt(probe: Probe, context: Context, chat_format: ChatFormat) -> Prompt:
@@ -84,7 +94,9 @@ class Scorer:
     def score(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
         """Cross entropy in nats per token, and token accuracy, of each prompt's target, teacher-forced."""
         losses, accuracies = np.zeros(len(prompts)), np.zeros(len(prompts))
-        for indices in self._batches(prompts, BATCH_POSITIONS, with_target=True):
+        lengths = [prompt.length(with_target=True) for prompt in prompts]
+        most = BATCH_POSITIONS.get(self.device.type, BATCH_POSITIONS["cpu"])
+        for indices in batches(lengths, [0] * len(prompts), most=most):
             chosen = [prompts[i] for i in indices]
             batch = self._batch(chosen, with_target=True, pad_left=False)
             embeds_BSD = self._embeds(batch, chosen)
@@ -105,19 +117,22 @@ class Scorer:
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: Sequence[int]) -> list[str]:
-        """Greedy answers, each at most so many tokens long."""
+        """Greedy answers, each at most so many tokens long.
+
+        On a GPU a step takes as long for many answers as for few, so give the prompts of all arms in one call.
+        """
         answers = [""] * len(prompts)
-        for indices in self._batches(
-            prompts, ANSWER_POSITIONS, with_target=False, extra=max(max_new_tokens, default=0)
-        ):
+        lengths = [prompt.length(with_target=False) for prompt in prompts]
+        for indices in batches(lengths, max_new_tokens, most=answer_positions(self.model.base_llm_model, self.device)):
             chosen = [prompts[i] for i in indices]
+            rooms = [max_new_tokens[i] for i in indices]
             batch = self._batch(chosen, with_target=False, pad_left=True)
-            longest = max(max_new_tokens[i] for i in indices)
             generate: Any = self.model.base_llm_model.generate
             ids = generate(
                 inputs_embeds=self._embeds(batch, chosen),
                 attention_mask=batch["attention_mask"],
-                max_new_tokens=longest,
+                max_new_tokens=max(rooms),
+                stopping_criteria=StoppingCriteriaList([_OwnRoom(torch.tensor(rooms, device=self.device))]),
                 do_sample=False,
                 pad_token_id=self.processor.pad_token_id,
             )
@@ -126,22 +141,6 @@ class Scorer:
                 answers[i] = text
             self.advance(len(chosen))
         return answers
-
-    def _batches(
-        self, prompts: Sequence[Prompt], most: Mapping[str, int], *, with_target: bool, extra: int = 0
-    ) -> Iterator[list[int]]:
-        """Indices, prompts of like length together."""
-        token = self.processor.memory_token_id
-        limit = most.get(self.device.type, most["cpu"])
-        lengths = [len(prompt.ids(token, with_target=with_target)) + extra for prompt in prompts]
-        batch: list[int] = []
-        for index in sorted(range(len(prompts)), key=lambda i: lengths[i]):
-            if batch and (len(batch) + 1) * lengths[index] > limit:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
 
     def _batch(self, prompts: Sequence[Prompt], *, with_target: bool, pad_left: bool) -> dict[str, torch.Tensor]:
         rows = [prompt.ids(self.processor.memory_token_id, with_target=with_target) for prompt in prompts]
@@ -163,9 +162,19 @@ class Scorer:
         }
 
     def _embeds(self, batch: dict[str, torch.Tensor], prompts: Sequence[Prompt]) -> torch.Tensor:
-        contexts = [prompt.context for prompt in prompts]
-        rival, own = contexts[0].rival, self.model.proj
-        assert all(context.rival is rival for context in contexts), "prompts of several arms in one call"
+        """embeds_BSD of prompts of any arms; each memory token is made by the projection of its own arm."""
+        rows_of: dict[Rival | None, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows_of.setdefault(prompt.context.rival, []).append(row)
+        embeds_BSD = self.model.get_input_embeddings()(batch["input_ids"])
+        for rival, rows in rows_of.items():
+            contexts = [prompts[row].context for row in rows]
+            embeds_BSD[rows] = self._projected(batch["input_ids"][rows], contexts, rival)
+        return embeds_BSD
+
+    def _projected(self, ids_BS: torch.Tensor, contexts: Sequence[Context], rival: Rival | None) -> torch.Tensor:
+        """embeds_BSD of prompts whose memory tokens one projection makes: the rival's, or the memory's own."""
+        own = self.model.proj
         features = [context.features_PVE for context in contexts if context.features_PVE is not None]
         if rival is not None:
             slots = [context.slots_PVT for context in contexts if context.slots_PVT is not None]
@@ -178,10 +187,59 @@ class Scorer:
                 "page_num_tokens": torch.tensor([n for c in contexts for n in c.page_num_tokens], device=self.device),
                 "num_pages": torch.tensor([len(c.page_num_tokens) for c in contexts], device=self.device),
             }
-        embeds_BSD = self.model.embed(batch["input_ids"], **arguments)
+        embeds_BSD = self.model.embed(ids_BS, **arguments)
         self.model.proj = own
         for row, context in enumerate(contexts):
             if context.order is not None:
-                places = (batch["input_ids"][row] == self.processor.memory_token_id).nonzero().squeeze(-1)
+                places = (ids_BS[row] == self.processor.memory_token_id).nonzero().squeeze(-1)
                 embeds_BSD[row, places] = embeds_BSD[row, places[torch.tensor(context.order, device=self.device)]]
         return embeds_BSD
+
+
+class _OwnRoom(StoppingCriteria):
+    """Ends every answer at its own length, so that a batch goes on only as long as some answer may.
+
+    Args:
+        room_B: new tokens that each answer may have.
+    """
+
+    def __init__(self, room_B: torch.Tensor) -> None:
+        self.room_B = room_B
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
+        """bool [B]: which answers are done; `input_ids` holds new tokens alone, the prompts being embeddings."""
+        return input_ids.shape[1] >= self.room_B
+
+
+def batches(lengths: Sequence[int], rooms: Sequence[int], *, most: int) -> Iterator[list[int]]:
+    """Indices of prompts in batches, those of like length together.
+
+    Args:
+        lengths: positions of each prompt.
+        rooms: positions that may follow each.
+        most: positions of a batch, if it has more than one prompt: padded prompts, and room for the longest answer.
+    """
+    batch: list[int] = []
+    longest, widest = 0, 0
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i] + rooms[i]):
+        longest, widest = max(longest, lengths[index]), max(widest, rooms[index])
+        if batch and (len(batch) + 1) * (longest + widest) > most:
+            yield batch
+            batch, longest, widest = [], lengths[index], rooms[index]
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def answer_positions(llm: PreTrainedModel, device: torch.device) -> int:
+    """Positions of one batch to answer that the device has memory for."""
+    if device.type != "cuda":
+        return ANSWER_POSITIONS
+    config: Any = llm.config.get_text_config()
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    cached = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or num_heads) * head_dim
+    computed = 4 * (config.hidden_size + getattr(config, "intermediate_size", 4 * config.hidden_size))
+    torch.cuda.empty_cache()  # what PyTorch holds unused counts as taken otherwise
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(CACHE_SHARE * free) // (max(cached, computed) * llm.dtype.itemsize)

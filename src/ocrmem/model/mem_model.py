@@ -103,7 +103,6 @@ class MEMModel(PreTrainedModel):
             config.projection_settings,
             feature_width=ocr_embed.feature_width,
             embedding_width=base_llm_model.config.get_text_config().hidden_size,
-            tokens_per_page=ocr_embed.tokens_per_page,
             embedding_rms=embedding_rms(base_llm_model),
         ).to(weight.device)
         check_trainable(self, proj=self.proj)

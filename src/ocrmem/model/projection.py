@@ -1,8 +1,8 @@
 """The projection: the only part that learns.
 
 ```
-features_PVE ─▶ Linear E→hidden ─▶ GELU ─▶ Linear hidden→D ─┬─────────────────────▶ RMS = embedding RMS ─▶ memory_PVD
-                                                            └─▶ attention over V ─┘   (kind "attention")
+features_PVE ─▶ neighbours ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬─────────────────────▶ RMS = embedding RMS ─▶ memory_PVD
+                side by side                               └─▶ attention over V ─┘   (kind "attention")
 ```
 
 Its weights are always float32, whatever type the LLM has: in bfloat16 AdamW at a learning rate of 1e-5 would move
@@ -23,8 +23,8 @@ from torch import nn
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError
 
-POSITION_INIT_STD = 0.02
-"""Standard deviation of the learnt positions at the start, as for BERT's."""
+ROTARY_BASE = 100.0
+"""Base of the rotary angles (Su et al. 2021, who have 10,000): what is read together is a few tokens apart."""
 
 
 class Projection(nn.Module):
@@ -34,7 +34,6 @@ class Projection(nn.Module):
         settings: kind and sizes.
         feature_width: E.
         embedding_width: D.
-        tokens_per_page: V, needed by the attention kind's positions.
         embedding_rms: root mean square of the LLM's input embeddings, to which every output token is scaled.
     """
 
@@ -48,7 +47,6 @@ class Projection(nn.Module):
         *,
         feature_width: int,
         embedding_width: int,
-        tokens_per_page: int,
         embedding_rms: float,
     ) -> None:
         super().__init__()
@@ -60,15 +58,16 @@ class Projection(nn.Module):
                 "choose a divisor."
             )
         self.piece_width = feature_width // settings.pieces
-        self.linear1 = nn.Linear(self.piece_width, hidden_size, dtype=torch.float32)
+        self.context = settings.context
+        self.linear1 = nn.Linear(self.piece_width * (2 * self.context + 1), hidden_size, dtype=torch.float32)
         self.linear2 = nn.Linear(hidden_size, embedding_width, dtype=torch.float32)
         self.attention: PageAttention | None = None
         if settings.kind == "attention":
             self.attention = PageAttention(
                 embedding_width,
-                tokens_per_page * settings.pieces,
                 num_layers=settings.num_layers,
                 num_heads=settings.num_heads,
+                mlp_ratio=settings.mlp_ratio,
             )
         self.gain_D = nn.Parameter(torch.ones(embedding_width, dtype=torch.float32)) if settings.gain else None
         self.register_buffer("embedding_rms", torch.tensor(embedding_rms, dtype=torch.float32))
@@ -86,16 +85,27 @@ class Projection(nn.Module):
         """
         pages, tokens, width = features_PVE.shape
         pieces = width // self.piece_width
-        cut = features_PVE.to(torch.float32).reshape(pages, tokens * pieces, self.piece_width)
+        used_P = None if page_num_tokens_P is None else page_num_tokens_P * pieces
+        cut = features_PVE.to(self.compute_dtype or torch.float32)
+        cut = self._with_neighbours(cut.reshape(pages, tokens * pieces, self.piece_width), used_P)
         lower = self.compute_dtype is not None
         with torch.autocast(cut.device.type, self.compute_dtype, enabled=True) if lower else nullcontext():
             memory_PVD = self.linear2(F.gelu(self.linear1(cut)))
             if self.attention is not None:
-                used_P = None if page_num_tokens_P is None else page_num_tokens_P * pieces
                 memory_PVD = self.attention(memory_PVD, used_P)
         memory_PVD = memory_PVD[:, pieces - 1 :: pieces]
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
         return normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
+
+    def _with_neighbours(self, cut_PVE: torch.Tensor, used_P: torch.Tensor | None) -> torch.Tensor:
+        """Each piece between the `context` pieces before and after it on the page, zeros beyond its ends."""
+        if not self.context:
+            return cut_PVE
+        num = cut_PVE.shape[1]
+        if used_P is not None:
+            cut_PVE = cut_PVE * (torch.arange(num, device=cut_PVE.device) < used_P[:, None])[..., None]
+        padded = F.pad(cut_PVE, (0, 0, self.context, self.context))
+        return torch.cat([padded[:, shift : shift + num] for shift in range(2 * self.context + 1)], dim=-1)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to()`, `.half()`, `.cuda()`… move the projection, but never out of float32."""
@@ -110,49 +120,65 @@ class Projection(nn.Module):
 
 
 class PageAttention(nn.Module):
-    """Pre-norm transformer layers over the tokens of one page, with learnt positions."""
+    """Pre-norm transformer layers over the tokens of one page, with rotary positions."""
 
-    def __init__(self, width: int, tokens_per_page: int, *, num_layers: int, num_heads: int) -> None:
+    def __init__(self, width: int, *, num_layers: int, num_heads: int, mlp_ratio: int) -> None:
         super().__init__()
-        if width % num_heads:
+        if width % (2 * num_heads):
             raise ConfigError(
-                f"projection.num_heads={num_heads} does not divide the LLM's embedding width {width}; choose a divisor."
+                f"projection.num_heads={num_heads} does not divide the LLM's embedding width {width} into heads of an "
+                "even width; choose another divisor."
             )
-        self.position_VD = nn.Parameter(torch.randn(tokens_per_page, width) * POSITION_INIT_STD)
-        self.layers = nn.ModuleList(PageAttentionLayer(width, num_heads) for _ in range(num_layers))
+        self.head_width = width // num_heads
+        self.layers = nn.ModuleList(PageAttentionLayer(width, num_heads, mlp_ratio) for _ in range(num_layers))
 
     def forward(self, memory_PVD: torch.Tensor, page_num_tokens_P: torch.Tensor | None) -> torch.Tensor:
         """memory_PVD in, memory_PVD out; unused tokens are masked as keys."""
-        num_tokens = memory_PVD.shape[1]
+        positions_V = torch.arange(memory_PVD.shape[1], device=memory_PVD.device)
         mask_P11V = None
         if page_num_tokens_P is not None:
-            positions_V = torch.arange(num_tokens, device=memory_PVD.device)
             # A page without any token in use would have no key at all and give NaN: let it see its first.
             mask_P11V = (positions_V < page_num_tokens_P.clamp(min=1)[:, None])[:, None, None, :]
-        memory_PVD = memory_PVD + self.position_VD[:num_tokens]
+        rotary_2VH = rotary(positions_V, self.head_width).to(memory_PVD.dtype)
         for layer in self.layers:
-            memory_PVD = layer(memory_PVD, mask_P11V)
+            memory_PVD = layer(memory_PVD, mask_P11V, rotary_2VH)
         return memory_PVD
 
 
 class PageAttentionLayer(nn.Module):
-    """One pre-norm layer: bidirectional attention, then a GELU MLP four times as wide."""
+    """One pre-norm layer: bidirectional attention, then a GELU MLP `mlp_ratio` times as wide."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, mlp_ratio: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp1 = nn.Linear(width, 4 * width)
-        self.mlp2 = nn.Linear(4 * width, width)
+        self.mlp1 = nn.Linear(width, mlp_ratio * width)
+        self.mlp2 = nn.Linear(mlp_ratio * width, width)
 
-    def forward(self, hidden_PVD: torch.Tensor, mask_P11V: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, hidden_PVD: torch.Tensor, mask_P11V: torch.Tensor | None, rotary_2VH: torch.Tensor
+    ) -> torch.Tensor:
         """hidden_PVD in, hidden_PVD out."""
         pages, tokens, width = hidden_PVD.shape
         qkv = self.qkv(self.norm1(hidden_PVD)).view(pages, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = turned(query, rotary_2VH), turned(key, rotary_2VH)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_P11V)
         hidden_PVD = hidden_PVD + self.out(attended.transpose(1, 2).reshape(pages, tokens, width))
         return hidden_PVD + self.mlp2(F.gelu(self.mlp1(self.norm2(hidden_PVD))))
+
+
+def rotary(positions_V: torch.Tensor, width: int) -> torch.Tensor:
+    """Cosine and sine of the rotary angles, float32 [2, V, width]."""
+    frequencies = ROTARY_BASE ** (-torch.arange(0, width, 2, device=positions_V.device) / width)
+    angles = (positions_V[:, None] * frequencies).repeat(1, 2)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def turned(heads: torch.Tensor, rotary_2VH: torch.Tensor) -> torch.Tensor:
+    """Queries or keys [P, heads, V, H] turned by their positions."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * rotary_2VH[0].to(heads.dtype) + torch.cat([-second, first], dim=-1) * rotary_2VH[1].to(heads.dtype)

@@ -6,13 +6,14 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from transformers import TrainerCallback, set_seed
 
 from ocrmem.assets.cache import cache_dir
-from ocrmem.config.objectives import ObjectiveSettings, Stage, share_of
+from ocrmem.config.objectives import Stage, share_of
 from ocrmem.config.train import TrainConfig
 from ocrmem.data.bank import Bank, BankDocument, build_bank
 from ocrmem.data.processor import MEMProcessor
@@ -20,13 +21,15 @@ from ocrmem.encoders.base import OCREncoder
 from ocrmem.encoders.pp_ocr import PPOCREncoder
 from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import ConfigError, DataError
-from ocrmem.model.mem_model import MEMModel
 from ocrmem.training.build import build_model, find_data, training_arguments
-from ocrmem.training.corpus import read_corpora, shuffled_documents
+from ocrmem.training.corpus import lexicon_documents, read_corpora
 from ocrmem.training.objectives import FeatureSource, ObjectiveTrainer
 from ocrmem.training.packing import PackedRows, fill
 from ocrmem.training.rivals import RivalEncoder
 from ocrmem.training.tasks import REPEAT, Frame, Sample, TaskSampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,21 @@ def build_objective_trainer(
     model, processor = build_model(config, rival=rival)
     model.to(arguments.device)  # pyright: ignore[reportArgumentType] - a device, whatever the decorator says
     frame = Frame(processor.chat_format)
-    train_bank = _bank(config, settings, settings.corpora, settings.max_chars, model, processor, arguments)
+    encoder = model.ocr_embed.drawn if isinstance(model.ocr_embed, RivalEncoder) else model.ocr_embed
+
+    def bank(paths: Sequence[str], max_chars: int | None) -> Bank:
+        with arguments.main_process_first(desc="drawing and encoding the corpora"):
+            return corpus_bank(
+                config,
+                paths,
+                encoder=encoder,
+                tokenizer=processor.tokenizer,
+                max_chars=max_chars,
+                device=arguments.device,
+                num_workers=arguments.dataloader_num_workers,
+            )
+
+    train_bank = bank(settings.corpora, settings.max_chars)
     rows = PackedRows(
         samplers(train_bank, config, frame, processor),
         settings,
@@ -67,7 +84,7 @@ def build_objective_trainer(
     eval_source = None
     if settings.eval_corpora:
         eval_chars = min(EVAL_CHARS, max(2000, (settings.max_chars or 10 * EVAL_CHARS) // 10))
-        eval_bank = _bank(config, settings, settings.eval_corpora, eval_chars, model, processor, arguments)
+        eval_bank = bank(settings.eval_corpora, eval_chars)
         eval_rows = evaluation_rows(samplers(eval_bank, config, frame, processor), rows)
         eval_source = source(eval_bank, settings.features_on_device)
     trainer = ObjectiveTrainer(
@@ -113,32 +130,39 @@ def finest(config: TrainConfig, encoder: OCREncoder) -> OCREncoder:
     return finer.to(next(encoder.parameters()).device)
 
 
-def _bank(
+def corpus_bank(
     config: TrainConfig,
-    settings: ObjectiveSettings,
     paths: Sequence[str],
-    max_chars: int | None,
-    model: MEMModel,
-    processor: MEMProcessor,
-    arguments: Any,
+    *,
+    encoder: OCREncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    max_chars: int | None = None,
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
 ) -> Bank:
+    """Corpora drawn, encoded and tokenised as a run of this config needs them; those of training with the lexicon.
+
+    Args:
+        paths: `objectives.corpora`, or files for evaluation.
+        encoder: with its page, on its device; `finest` is taken of it.
+        max_chars: of each file.
+    """
+    settings = config.objectives
+    assert settings is not None
     documents: list[BankDocument] = read_corpora([find_data(path) for path in paths], max_chars=max_chars)
-    encoder = model.ocr_embed.drawn if isinstance(model.ocr_embed, RivalEncoder) else model.ocr_embed
-    encoder = finest(config, encoder)
-    folder = Path(config.feature_cache) if config.feature_cache else cache_dir() / "features"
-    if paths == settings.corpora and settings.shuffled:
-        documents += shuffled_documents(documents, settings.shuffled)
+    if paths == settings.corpora and settings.lexicon:
+        documents += lexicon_documents(documents, tokenizer, settings.lexicon)
     log.info("%d documents, %d characters", len(documents), sum(len(document.text) for document in documents))
-    with arguments.main_process_first(desc="drawing and encoding the corpora"):
-        return build_bank(
-            documents,
-            encoder=encoder,
-            tokenizer=processor.tokenizer,
-            folder=folder / "banks",
-            device=arguments.device,
-            num_workers=arguments.dataloader_num_workers,
-            encode=settings.features == "ocr",
-        )
+    folder = Path(config.feature_cache) if config.feature_cache else cache_dir() / "features"
+    return build_bank(
+        documents,
+        encoder=finest(config, encoder),
+        tokenizer=tokenizer,
+        folder=folder / "banks",
+        device=device,
+        num_workers=num_workers,
+        encode=settings.features == "ocr",
+    )
 
 
 def evaluation_rows(by_pieces: dict[int, TaskSampler], rows: PackedRows) -> dict[str, list[dict[str, Any]]]:

@@ -39,6 +39,7 @@ FORWARD_KEYS = (
     "features",
     "page_num_tokens",
     "num_pages",
+    "memory_targets",
 )
 """What of a packed row `MEMModel.forward` takes."""
 
@@ -153,7 +154,7 @@ class ObjectiveTrainer(MEMTrainer):
             callbacks=callbacks,
         )
         self.settings, self.source, self.eval_source = settings, source, eval_source or source
-        self.eval_rows = eval_rows
+        self.rows, self.eval_rows = rows, eval_rows
         self._muon = optimizer == "muon"
         self._compiled = False
         self._sums: dict[str, list[torch.Tensor]] = {}
@@ -177,8 +178,8 @@ class ObjectiveTrainer(MEMTrainer):
         return inputs
 
     def check_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What `MEMModel.forward` takes of a row."""
-        inputs = self._prepare_inputs(dict(inputs))
+        """What `MEMModel.forward` takes of a row; for the warm start, which runs no LLM, of the first row after it."""
+        inputs = self._prepare_inputs(self.rows.first_row() if inputs.get("warm_start") else dict(inputs))
         return {key: inputs[key] for key in FORWARD_KEYS if key in inputs}
 
     def compute_loss(
@@ -194,9 +195,8 @@ class ObjectiveTrainer(MEMTrainer):
             self.model.cross_entropy = torch.compile(cross_entropy_sum, dynamic=True)
             self._compiled = True
         if inputs.get("warm_start"):
-            arguments = {key: inputs[key] for key in ("input_ids", "features", "page_num_tokens", "num_pages")}
-            targets_PVD = covered_embeddings(inputs["slots"], self.model.get_input_embeddings())
-            loss = model(**arguments, memory_targets=targets_PVD).loss
+            inputs["memory_targets"] = covered_embeddings(inputs["slots"], self.model.get_input_embeddings())
+            loss = model(**{key: inputs[key] for key in FORWARD_KEYS if key in inputs}).loss
             self._note("warm_start", loss)
             self._note_memory(inputs)
             return loss

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ocrmem.config.objectives import TASKS, Features, ObjectiveSettings
+from ocrmem.config.objectives import TASKS, Features, ObjectiveSettings, Stage
 from ocrmem.data.bank import Bank
 from ocrmem.errors import ConfigError, SpliceError
 from ocrmem.model.label_loss import IGNORE_INDEX
@@ -58,18 +58,43 @@ class PackedRows(Dataset[dict[str, Any]]):
         drawn = stage or self.settings.stages[0]
         pieces = drawn.pieces or self.whole
         sampler = self.samplers[pieces]
+        if stage is None:
+            return self._memory_alone(sampler, rng, drawn, pieces)
         samples = fill(lambda: sampler.sample(rng, drawn), self.settings.packed_length)
-        batch = self.pack(samples, pieces, slots=stage is None, shares=drawn.tasks)
-        batch["warm_start"] = stage is None
-        batch["distillation"] = 0.0 if stage is None else stage.distillation
+        batch = self.pack(samples, pieces, shares=drawn.tasks)
+        batch["distillation"] = stage.distillation
         return batch
+
+    def first_row(self) -> dict[str, Any]:
+        """The first row that the LLM is run on."""
+        return self[self.settings.warm_start_steps * self.rows_per_step]
+
+    def _memory_alone(
+        self, sampler: TaskSampler, rng: np.random.Generator, stage: Stage, pieces: int
+    ) -> dict[str, Any]:
+        """A row of the warm start: `packed_length` memory tokens or a few more, with the text tokens under each as
+        `slots`. The LLM is not run, so one position stands for its row."""
+        runs: list[list[int]] = []
+        total = 0
+        while total < self.settings.packed_length:
+            found = sampler.run(rng, stage)
+            if found is not None:
+                runs.append(sampler.units(*found))
+                total += int(sampler.bank.unit_tokens_U[runs[-1]].sum())
+        batch = memory_part(
+            runs,
+            sampler.bank,
+            features=self.settings.features,
+            pieces=pieces if self.whole > 1 else None,
+            slots=True,
+        )
+        return {**batch, "input_ids": torch.zeros(1, 1, dtype=torch.int64), "pieces": pieces, "warm_start": True}
 
     def pack(
         self,
         samples: Sequence[Sample],
         pieces: int,
         *,
-        slots: bool = False,
         shares: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """`pack` with this data set's settings, for samples of so many pieces to a memory token."""
@@ -81,7 +106,6 @@ class PackedRows(Dataset[dict[str, Any]]):
             memory_token_id=self.samplers[pieces].memory_token_id,
             features=self.settings.features,
             pieces=pieces if self.whole > 1 else None,
-            slots=slots,
             shares=shares,
         )
         batch["pieces"] = pieces
@@ -118,7 +142,6 @@ def pack(
     memory_token_id: int,
     features: Features = "ocr",
     pieces: int | None = None,
-    slots: bool = False,
     shares: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """One packed row.
@@ -126,15 +149,12 @@ def pack(
     Args:
         memory_token_id: the placeholder's id.
         pieces: to a memory token of the bank, for `rival_slots`.
-        slots: give `slots` although the features are those of pages.
         shares: of the loss by task; None: every label weighs the same.
 
     Returns:
         `input_ids`, `labels`, `position_ids` int64 [1, length]; `cu_seq_lens_q` int32; `max_length_q`;
-        `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has
-        none; `placeholder_index`, `memory_index`, `target_index` and `target_weights` as `MEMModel.forward` takes them;
-        for a rival `slots` int32 [P, V, tokens] as `rival_slots` gives them, and where asked for, those under the
-        memory tokens' pixels;
+        what `memory_part` gives; `placeholder_index`, `memory_index`, `target_index` and `target_weights` as
+        `MEMModel.forward` takes them;
         `task_of_label` int64 [N], the index in `TASKS`; and where samples are distilled `teacher_…` of the same kind,
         with `distilled_index` int64, their labels among the N.
 
@@ -142,29 +162,16 @@ def pack(
         SpliceError: the placeholders are not as many as the memory tokens.
     """
     row = _row([(sample.input_ids_T, sample.labelled_T) for sample in samples], length, pad_token_id)
-    units: list[list[int]] = []
-    tokens: list[int] = []
-    for sample in samples:
-        for begin in range(0, len(sample.units), bank.units_per_page):
-            page = sample.units[begin : begin + bank.units_per_page]
-            units.append(page)
-            tokens.append(int(bank.unit_tokens_U[page].sum()))
-    width = max(map(len, units))
+    memory = memory_part([sample.units for sample in samples], bank, features=features, pieces=pieces)
+    tokens, width = memory["page_num_tokens"].tolist(), memory["units"].shape[1]
     tasks_N = np.concatenate([np.full(int(s.labelled_T[1:].sum()), TASKS.index(s.task)) for s in samples])  # pyright: ignore
     batch: dict[str, Any] = {
         **row,
+        **memory,
         **splice_index(row["input_ids"], memory_token_id, tokens, width * bank.tokens_per_unit),
         "target_weights": torch.from_numpy(target_weights(tasks_N, shares)),
-        "page_num_tokens": torch.tensor(tokens),
-        "num_pages": torch.tensor([len(tokens)]),
         "task_of_label": torch.from_numpy(tasks_N),
     }
-    units_PU = np.array([page + [-1] * (width - len(page)) for page in units], dtype=np.int64)
-    batch["units"] = torch.from_numpy(units_PU)
-    if features != "ocr":
-        batch["slots"] = torch.from_numpy(rival_slots(bank, units_PU, features, pieces=pieces))
-    elif slots:
-        batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=False))
     distilled = [s for s in samples if s.teacher_ids_T is not None]
     if distilled:
         teacher = _row(
@@ -175,6 +182,37 @@ def pack(
         batch.update({f"teacher_{name}": value for name, value in teacher.items()})
         taught = [np.full(int(s.labelled_T[1:].sum()), s.teacher_ids_T is not None) for s in samples]
         batch["distilled_index"] = torch.from_numpy(np.concatenate(taught).nonzero()[0])
+    return batch
+
+
+def memory_part(
+    runs: Sequence[Sequence[int]], bank: Bank, *, features: Features, pieces: int | None, slots: bool = False
+) -> dict[str, torch.Tensor]:
+    """What a row says of its memory.
+
+    Args:
+        runs: the bank's units of each sample.
+        pieces: to a memory token of the bank, for `rival_slots`.
+        slots: give `slots` although the features are those of pages.
+
+    Returns:
+        `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has
+        none; for a rival `slots` int32 [P, V, tokens] as `rival_slots` gives them, and where asked for, those under the
+        memory tokens' pixels.
+    """
+    size = bank.units_per_page
+    pages = [list(units[begin : begin + size]) for units in runs for begin in range(0, len(units), size)]
+    width = max(map(len, pages))
+    units_PU = np.array([page + [-1] * (width - len(page)) for page in pages], dtype=np.int64)
+    batch = {
+        "page_num_tokens": torch.tensor([int(bank.unit_tokens_U[page].sum()) for page in pages]),
+        "num_pages": torch.tensor([len(pages)]),
+        "units": torch.from_numpy(units_PU),
+    }
+    if features != "ocr":
+        batch["slots"] = torch.from_numpy(rival_slots(bank, units_PU, features, pieces=pieces))
+    elif slots:
+        batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=False))
     return batch
 
 

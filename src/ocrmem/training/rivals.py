@@ -18,8 +18,8 @@ class RivalEncoder(OCREncoder):
     """Stands where the OCR encoder stands, with its page and its number of memory tokens, and draws nothing.
 
     Its features are made of token embeddings by `training.objectives.text_features`, at every stage of a curriculum of
-    `record.pieces` pieces. A convolution's projection has the memory's pieces. Mean-pooling's has one, since the mean
-    has the same width at every stage; but as many positions as the finest stage has memory tokens.
+    `record.pieces` pieces. A convolution's projection has the memory's pieces; mean-pooling's has one, since the mean
+    has the same width at every stage.
 
     Args:
         drawn: the encoder that decides the page and the number of memory tokens.
@@ -50,8 +50,7 @@ class RivalEncoder(OCREncoder):
 
     @property
     def tokens_per_page(self) -> int:
-        """V of the projection's widest input."""
-        return self.drawn.tokens_per_page * (self.record.pieces if self.record.kind == "mean-pooling" else 1)
+        return self.drawn.tokens_per_page
 
     @property
     def lines_per_unit(self) -> int:

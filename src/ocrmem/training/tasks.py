@@ -221,7 +221,7 @@ class TaskSampler:
         start, end = self._characters(document, first, stop)
         return self._build(
             "reconstruction",
-            self._units(document, first, stop),
+            self.units(document, first, stop),
             [(question, self._text_ids(document, start, end))],
             bare=bare,
         )
@@ -239,7 +239,7 @@ class TaskSampler:
         limit = int(self.bank.token_starts_T[first_token + CONTINUATION_TOKENS]) if cut else 1 << 40
         return self._build(
             "continuation",
-            self._units(document, first, stop),
+            self.units(document, first, stop),
             [(CONTINUE[int(rng.integers(len(CONTINUE)))], self._text_ids(document, end, limit))],
             ends=not cut,
             full_text=self._text_ids(document, start, end),
@@ -283,7 +283,7 @@ class TaskSampler:
             for run in drawn:
                 if run is None or (units and len(units) + run[2] - run[1] > stage.max_units):
                     continue
-                units += self._units(*run)
+                units += self.units(*run)
                 text = self.bank.documents[run[0]].text
                 sentences += [(text, *match.span()) for match in _SENTENCE.finditer(text, *self._characters(*run))]
             order = rng.permutation(len(sentences))[: QUESTIONS * 2]
@@ -311,7 +311,7 @@ class TaskSampler:
         document, cut = self._cuts[int(rng.integers(len(self._cuts)))]
         before, tail = self.bank.tails[document, cut]
         first = max(0, before - _log_uniform(rng, stage.min_units, stage.max_units))
-        units = self._units(document, first, before) + ([tail] if tail >= 0 else [])
+        units = self.units(document, first, before) + ([tail] if tail >= 0 else [])
         if not units:
             return None
         replies = self._replies(document, cut)
@@ -371,7 +371,8 @@ class TaskSampler:
         teacher_T, teacher_labelled_T = (None, None) if full_text is None else join(full_text)
         return Sample(task, ids_T, labelled_T, units, teacher_T, teacher_labelled_T)
 
-    def _units(self, document: int, first: int, stop: int) -> list[int]:
+    def units(self, document: int, first: int, stop: int) -> list[int]:
+        """The bank's numbers of the units [first, stop) of a document."""
         begin = int(self.bank.first_unit_K[document])
         return list(range(begin + first, begin + stop))
 
