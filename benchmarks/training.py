@@ -1,10 +1,10 @@
-"""Label tokens a second of a training run with objectives, and where the GPU's time goes.
+"""Label tokens a second of a training run with objectives, and where the GPU's and the host's time goes.
 
     python benchmarks/training.py configs/smollm2-pp-ocr-2x.yaml feature_cache=features
 
-Builds the run of the config, skips its warm start and goes to the stage asked for (by default the one before the
-last, which is reconstruction alone at the full compression), times `STEPS` steps after `WARM_UP`, and lets torch's
-profiler watch `PROFILED` more. Writes `benchmarks/results/training.json`.
+Builds the run of the config and goes to the stage asked for (by default the one before the last, which is
+reconstruction alone at the full compression; `--warm-start` for the steps before the first), times `STEPS` steps after
+`WARM_UP`, and lets torch's profiler watch `PROFILED` more. Writes `benchmarks/results/training.json`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Watch(TrainerCallback):
 
     def __init__(self) -> None:
         self.begun = self.first = self.mean_seconds = self.profiled_seconds = 0.0
-        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        kinds = torch.profiler.ProfilerActivity
+        self.profiler = torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """After each optimizer step."""
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--stage", type=int, default=-2, help="which stage of the curriculum, as a Python index")
+    parser.add_argument("--warm-start", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -79,11 +81,12 @@ def main() -> None:
     config = load_train_config(options.config, [*options.overrides, "output_dir=runs/benchmark"])
     assert config.objectives is not None
     stage = dataclasses.replace(config.objectives.stages[options.stage], steps=WARM_UP + STEPS + PROFILED + 1)
-    objectives = dataclasses.replace(config.objectives, warm_start_steps=0, stages=(stage,), eval_corpora=())
+    warm = stage.steps if options.warm_start else 0
+    objectives = dataclasses.replace(config.objectives, warm_start_steps=warm, stages=(stage,), eval_corpora=())
     training = {**config.training, "save_strategy": "no", "eval_strategy": "no", "logging_steps": 10_000}
     config = dataclasses.replace(config, objectives=objectives, training=training, gradient_check="off")
     trainer, rows = build_objective_trainer(config)
-    counts = [rows[index]["task_of_label"].numel() for index in range(0, STEPS, 5)]
+    counts = [len(rows[index].get("task_of_label", ())) for index in range(0, STEPS, 5)]
     watch = Watch()
     trainer.add_callback(watch)
     trainer.train()
@@ -91,13 +94,14 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(),
         "versions": {"ocrmem": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "stage": dataclasses.asdict(stage),
+        "stage": "warm start" if warm else dataclasses.asdict(stage),
         "positions_per_step": objectives.packed_length,
         "labels_per_step": statistics.median(counts),
         "milliseconds_per_step": 1000 * watch.mean_seconds,
         "label_tokens_per_second": statistics.fmean(counts) / watch.mean_seconds,
         "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
         "gpu_milliseconds_per_step": by_kind(watch.profiler),
+        "host_milliseconds_per_step": longest_on_host(watch.profiler),
         "profiled_milliseconds_per_step": 1000 * watch.profiled_seconds / PROFILED,
     }
     write_text(options.output, json.dumps(result, indent=1) + "\n")
@@ -112,6 +116,12 @@ def by_kind(profiler: torch.profiler.profile) -> dict[str, float]:
         if spent:
             totals[next(name for name, pattern in KINDS if re.search(pattern, event.key))] += spent
     return {**totals, "all": sum(totals.values())}
+
+
+def longest_on_host(profiler: torch.profiler.profile, *, number: int = 12) -> dict[str, float]:
+    """The operations with the most time of their own on the host, in milliseconds a step."""
+    spent = {event.key: event.self_cpu_time_total / 1000 / PROFILED for event in profiler.key_averages()}
+    return dict(sorted(spent.items(), key=lambda item: -item[1])[:number])
 
 
 if __name__ == "__main__":

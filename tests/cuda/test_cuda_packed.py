@@ -65,7 +65,7 @@ def test_captured_layers_give_what_eager_ones_do(learns):
         if learns:
             torch.testing.assert_close(found_grad, grad, rtol=5e-2, atol=1e-5)
     assert layers.enabled, "the capture failed"
-    assert set(layers.graphs) == {learns}
+    assert set(layers.graphs) == {(learns, ROW)}
 
 
 def test_students_and_teachers_rows_do_not_disturb_each_other():
@@ -81,4 +81,4 @@ def test_students_and_teachers_rows_do_not_disturb_each_other():
         torch.testing.assert_close(found_taught, taught, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(grad, expected_grad, rtol=5e-2, atol=1e-5)
-    assert set(layers.graphs) == {True, False}
+    assert set(layers.graphs) == {(True, ROW), (False, ROW)}

@@ -27,7 +27,7 @@ from ocrmem.model.adapter import read_manifest
 from ocrmem.model.llm import load_tokenizer
 from ocrmem.model.packed_attention import PACKED
 from ocrmem.render.renderer import Renderer
-from ocrmem.training.build import find_data
+from ocrmem.training.build import find_data, training_arguments
 from ocrmem.training.build_objectives import samplers
 from ocrmem.training.corpus import conversation_document, lexicon_documents, read_corpus, vocabulary_words
 from ocrmem.training.objectives import FORWARD_KEYS, distillation_loss, text_features, varying_share
@@ -518,6 +518,16 @@ def test_bad_objectives_are_refused(values, message, tmp_path):
     path.write_text(yaml.safe_dump({"output_dir": "x", "objectives": {"corpora": ["a"], **values}}))
     with pytest.raises(ConfigError, match=message):
         load_train_config(path)
+
+
+def test_the_gradient_check_can_be_switched_off_in_yaml(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("output_dir: x\ngradient_check: off\n")
+    assert load_train_config(path).gradient_check == "off"
+    assert load_train_config(path, ["gradient_check=warn"]).gradient_check == "warn"
+    assert training_arguments(load_train_config(path, ["training.save_strategy=no"])).save_strategy == "no"
+    with pytest.raises(ConfigError, match="gradient_check='on': input should be 'error', 'warn' or 'off'"):
+        load_train_config(path, ["gradient_check='on'"])
 
 
 def test_pack_gives_the_rivals_their_tokens(bank, sampler):

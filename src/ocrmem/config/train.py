@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from ocrmem.config.encoder import EncoderSettings
 from ocrmem.config.llm import LLMSettings
@@ -14,6 +16,11 @@ from ocrmem.config.memory import MemorySettings
 from ocrmem.config.objectives import ObjectiveSettings
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError
+
+
+def _word(value: Any) -> Any:
+    """YAML 1.1 reads a bare `off` as False."""
+    return "off" if value is False else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +87,7 @@ class TrainConfig:
     """Adapter folder to start from; None: a fresh projection."""
     memory_token: str | None = None
     """Placeholder token; None: a reserved token of the LLM's vocabulary is chosen."""
-    gradient_check: Literal["error", "warn", "off"] = "error"
+    gradient_check: Annotated[Literal["error", "warn", "off"], BeforeValidator(_word)] = "error"
     """Check one batch's gradient flow before the first step: stop the run if it cannot learn, warn, or do nothing."""
     feature_cache: str | None = None
     """Folder of the feature cache; None: `features/` in the ocrmem cache."""

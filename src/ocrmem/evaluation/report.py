@@ -1,8 +1,8 @@
 """From results files to the page `docs/fidelity.md` and its plots: `python -m ocrmem.evaluation.report`.
 
 ```
-results/fidelity/*.json ─▶ check_schema ─▶ docs/fidelity.md
-                                       └─▶ docs/fidelity/*.svg
+results/fidelity/*.json ─▶ check_schema ─┬─▶ docs/fidelity.md
+results/training/*.json ─▶ curves ───────┴─▶ docs/fidelity/*.svg
 ```
 
 One file holds one evaluation of one adapter. The same files give the same page and plots, byte for byte, with the same
@@ -25,6 +25,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ocrmem.errors import DataError
+from ocrmem.evaluation.curves import LEARNING_PLOT, learning_figure, learning_section, read_curves
 from ocrmem.files import write_text
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ TASKS = {"cued-recall": "Cued recall", "cloze": "Cloze questions", "next-turn": 
 """Headings of the tasks, in the order of the page."""
 MEMORY_ARM = "memory"
 """The arm that is the adapter itself; drawn in colour."""
+SCALE_ARMS = ("none", "full-text")
+"""The ends of the scale of G."""
 READING_PLOT = "reading.svg"
 DASH = "–"
 
@@ -209,10 +212,14 @@ def write_report(results_folder: Path, docs_folder: Path) -> Path:
         The page.
     """
     results = read_results(results_folder)
-    for name, figure in plots(results).items():
+    curves = read_curves(results_folder.parent / "training")
+    figures = plots(results)
+    if curves:
+        figures[LEARNING_PLOT] = learning_figure(curves)
+    for name, figure in figures.items():
         write_text(docs_folder / "fidelity" / name, svg(figure))
     path = docs_folder / "fidelity.md"
-    write_text(path, page(results))
+    write_text(path, "\n".join([page(results), *learning_section(curves)]))
     return path
 
 
@@ -227,6 +234,11 @@ def page(results: Sequence[Results]) -> str:
         "scored on the same probes, so `CE over memory's`, the mean of the differences, tells arms apart where the",
         "intervals of G overlap: above 0 the memory is better. `–` stands where a figure is not defined: no such step,",
         "no identifiers, or no certain gap between no memory and the full text.",
+        "",
+        "A trained memory also tells the LLM what form an answer has, as a trained soft prompt would, and text does",
+        "not: so G can be above 1, and far above it where the full text by itself hardly helps the frozen LLM.",
+        "`other-memory`, the memory of another text, has the form and nothing of the text: what a memory holds is its",
+        "distance from that row, and `shuffled-memory` has the same tokens in another order.",
         "",
         *_table(
             ["adapter", "compression ratio", "steps", "evaluated", "device"],
@@ -363,7 +375,8 @@ def _using_figure(rows: Sequence[Row]) -> Figure:
         for place, row in enumerate(group):
             gain = row["gain"]
             if gain is None:
-                panel.text(0.01, place, "not defined", va="center", fontsize=8, color="#6e7781")
+                note = "an end of the scale" if row["arm"] in SCALE_ARMS else "not defined"
+                panel.text(0.01, place, note, va="center", fontsize=8, color="#6e7781")
                 continue
             colour = "#1a7f37" if row["arm"] == MEMORY_ARM else "#8c959f"
             means, errors = _with_errors([gain])

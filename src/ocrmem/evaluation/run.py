@@ -29,7 +29,7 @@ from ocrmem.errors import ConfigError
 from ocrmem.evaluation import metrics, probes
 from ocrmem.evaluation.arms import Contexts, arms_left_out
 from ocrmem.evaluation.probes import Probe
-from ocrmem.evaluation.report import SCHEMA, check_schema
+from ocrmem.evaluation.report import SCALE_ARMS, SCHEMA, check_schema
 from ocrmem.evaluation.rivals import RIVALS, Rival, load_rival
 from ocrmem.evaluation.scoring import Prompt, Scorer, make_prompt
 from ocrmem.memory.history import history_text
@@ -42,8 +42,6 @@ READING_ROOM = 1.25
 """A greedy reconstruction may have so many times the tokens of its target."""
 ANSWERED = ("none", "full-text", "bm25", "memory", "shuffled-memory", *RIVALS)
 """Arms whose answers are generated and read; the others are scored by cross entropy alone."""
-FIXED_ARMS = ("none", "full-text")
-"""The ends of the scale of G."""
 PARTS = ("reading", "using", "cost")
 """What an evaluation consists of."""
 LEFT_OUT = (("llmlingua-2", "its model is in no package registry, so it could not be had"),)
@@ -310,7 +308,7 @@ class _Run:
         tasks = list(dict.fromkeys(task for task, _ in self.losses))
         rows = []
         for arm in next(iter(self.losses.values()), ()):
-            if arm in FIXED_ARMS:
+            if arm in SCALE_ARMS:
                 continue
             groups = []
             for task in tasks:
@@ -334,7 +332,7 @@ class _Run:
         answers: list[str] | None,
     ) -> dict[str, Any]:
         seed = self.settings.seeds[0]
-        fixed = arm in FIXED_ARMS
+        fixed = arm in SCALE_ARMS
         name = "memory" if arm == "untrained-projection" else arm
         budget = statistics.fmean(contexts.context(name, i).num_tokens for i in range(len(found)))
         row: dict[str, Any] = {

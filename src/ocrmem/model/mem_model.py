@@ -123,11 +123,11 @@ class MEMModel(PreTrainedModel):
         the gradient: `eval()` is not a cause of a missing `grad_fn`. Train mode changes nothing in the frozen parts:
         their dropout was refused, and their batch norms keep their statistics.
         """
-        super().train(mode)
-        self.base_llm_model.train(mode)
-        self.ocr_embed.train(mode)
-        self.proj.train(mode)
-        return self
+        return super().train(mode)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of the projection: nothing else has a gradient, and a trainer asks at every step."""
+        self.proj.zero_grad(set_to_none=set_to_none)
 
     def forward(
         self,

@@ -142,6 +142,9 @@ def training_arguments(config: TrainConfig, **defaults: Any) -> TrainingArgument
     if "output_dir" in config.training:
         raise ConfigError("set `output_dir` at the top of the config, not in `training`.")
     values = {**TRAINING_DEFAULTS, **defaults, **config.training}
+    for key, value in values.items():
+        if key.endswith("_strategy") and value is False:  # YAML 1.1 reads a bare `no` as False
+            values[key] = "no"
     values.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     if config.objectives.eval_corpora if config.objectives else config.data.eval is not None:
         values.setdefault("eval_strategy", "steps")

@@ -29,7 +29,7 @@ class GraphedLayers:
     """Replays the decoder of a causal LM where it is called for a packed row; all other calls run as before.
 
     Rows that need a gradient (the student's) and rows that need none (the teacher's, and those of an evaluation) have
-    a graph each.
+    a graph each, and so has every length of a row.
 
     Args:
         llm: a Hugging Face causal LM with `attn_implementation: packed`, on a CUDA device.
@@ -39,7 +39,7 @@ class GraphedLayers:
         self.decoder: Any = llm.base_model
         self.eager = self.decoder.forward
         self.enabled = llm.config._attn_implementation == PACKED and llm.device.type == "cuda"
-        self.graphs: dict[bool, _Graph] = {}
+        self.graphs: dict[tuple[bool, int], _Graph] = {}
         if self.enabled:
             self.decoder.forward = self.forward
 
@@ -52,9 +52,10 @@ class GraphedLayers:
         if not learns and torch.is_grad_enabled():
             return self.eager(*args, **kwargs)
         length = int(kwargs["max_length_q"])
-        graph = self.graphs.get(learns)
+        key = (learns, embeds_BSD.shape[1])
+        graph = self.graphs.get(key)
         if graph is None or not graph.fits(embeds_BSD, len(edges), length):
-            self.graphs.pop(learns, None)
+            self.graphs.pop(key, None)
             torch.cuda.empty_cache()
             try:
                 graph = _Graph(self.eager, embeds_BSD, kwargs["position_ids"], len(edges), length, before=graph)
@@ -62,7 +63,7 @@ class GraphedLayers:
                 self.enabled = False
                 log.warning("the LLM's layers cannot be captured as a CUDA graph and run without one: %s", error)
                 return self.eager(*args, **kwargs)
-            self.graphs[learns] = graph
+            self.graphs[key] = graph
         return BaseModelOutputWithPast(last_hidden_state=graph(embeds_BSD, kwargs["position_ids"], edges))
 
 

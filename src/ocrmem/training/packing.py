@@ -26,6 +26,9 @@ TOKENS_PER_PIECE = 2
 that a rival of more pieces goes on from one of fewer, as a memory does."""
 TOO_LONG = 3
 """Samples that may fail to fit before a row is closed."""
+TEACHER_LENGTH = (4, 2048)
+"""The teacher's row has a fourth of the positions of the student's, but no fewer than 2,048 where those have as many:
+few samples are distilled, and what is left of a row of one fixed shape is run for nothing."""
 
 
 class PackedRows(Dataset[dict[str, Any]]):
@@ -112,15 +115,22 @@ class PackedRows(Dataset[dict[str, Any]]):
         return batch
 
 
+def teacher_length(length: int) -> int:
+    """Positions of the teacher's row beside one of `length`."""
+    share, least = TEACHER_LENGTH
+    return min(length, max(length // share, least))
+
+
 def fill(draw: Callable[[], Sample], length: int) -> list[Sample]:
-    """Samples whose positions, with and without the text of those that are distilled, fit into `length`."""
+    """Samples whose positions fit into `length`, and those of the teacher's samples into its row."""
     samples: list[Sample] = []
+    most = teacher_length(length)
     used = teacher_used = failed = size = teacher = 0
     while failed < TOO_LONG:
         sample = draw()
         size = len(sample.input_ids_T)
         teacher = 0 if sample.teacher_ids_T is None else len(sample.teacher_ids_T)
-        if used + size > length or teacher_used + teacher > length:
+        if used + size > length or teacher_used + teacher > most:
             failed += 1
             continue
         samples.append(sample)
@@ -128,7 +138,7 @@ def fill(draw: Callable[[], Sample], length: int) -> list[Sample]:
     if not samples:
         raise ConfigError(
             f"objectives.packed_length={length} is too short: the last sample drawn has {size} positions, and "
-            f"{teacher} with its text for the teacher. Raise it, or lower max_units of the stages."
+            f"{teacher} of at most {most} with its text for the teacher. Raise it, or lower max_units of the stages."
         )
     return samples
 
@@ -176,7 +186,7 @@ def pack(
     if distilled:
         teacher = _row(
             [(s.teacher_ids_T, s.teacher_labelled_T) for s in distilled],  # pyright: ignore
-            length,
+            teacher_length(length),
             pad_token_id,
         )
         batch.update({f"teacher_{name}": value for name, value in teacher.items()})

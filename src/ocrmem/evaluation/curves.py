@@ -1,0 +1,83 @@
+"""Learning curves: from what `ocrmem train --json` printed, kept as `results/training/NAME.json`, to one plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ocrmem.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LEARNING_PLOT = "learning.svg"
+METRICS = {
+    "eval_reconstruction-6_accuracy": "reading, six lines",
+    "eval_recall_accuracy": "recall",
+    "eval_cloze_accuracy": "cloze",
+    "eval_reply_accuracy": "reply",
+}
+"""What is drawn of an evaluation while training: held-out token accuracy, teacher-forced."""
+
+
+def read_curves(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every run of a folder by the file's name; empty where there is no such folder.
+
+    Raises:
+        DataError: a file is not what `ocrmem train --json` prints.
+    """
+    runs = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            for entry in run["log_history"]:
+                float(entry["step"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: no learning curve ({type(error).__name__}: {error}); expected what `ocrmem train CONFIG "
+                "--json` prints, an object with `log_history`. Write the file again, or remove it."
+            ) from error
+        runs[path.stem] = run
+    return runs
+
+
+def learning_figure(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """One panel for each run: held-out token accuracy by step, a dotted line where a stage of the curriculum ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 4.5 * len(runs), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
+    for panel, (name, run) in zip(panels, runs.items(), strict=True):
+        for metric, label in METRICS.items():
+            known = [entry for entry in run["log_history"] if metric in entry]
+            steps, values = [entry["step"] for entry in known], [entry[metric] for entry in known]
+            panel.plot(steps, values, marker="o", markersize=3, label=label)
+        for end in list(accumulate(stage["steps"] for stage in run.get("stages", ())))[:-1]:
+            panel.axvline(end, color="#8c959f", linestyle=":", linewidth=1)
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("optimizer steps")
+        panel.set_ylim(0, 1)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("held-out token accuracy")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def learning_section(runs: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    """Lines of the page."""
+    if not runs:
+        return ()
+    commands = [f"- {name}: `{run['command']}`, {run['device']}" for name, run in runs.items() if "command" in run]
+    return (
+        "## While training",
+        "",
+        f"![Held-out token accuracy by step](fidelity/{LEARNING_PLOT})",
+        "",
+        "Held-out token accuracy, teacher-forced; dotted lines are ends of stages of the curriculum.",
+        "",
+        *commands,
+        "",
+    )
