@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -130,3 +132,33 @@ def test_a_rival_goes_on_from_one_of_half_the_compression(kind, llm, corpus, tmp
     second, _ = build_model(config, rival=kind)
     weights = first.proj.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in second.proj.state_dict().items())
+
+
+def test_two_processes_learn_what_one_learns_from_as_many_rows(llm, corpus, tmp_path):
+    """Row for row: two processes with a row each, and one that accumulates two."""
+    training = {
+        "learning_rate": 0.01, "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1,
+        "eval_strategy": "no", "save_strategy": "no", "seed": 0, "disable_tqdm": True, "use_cpu": True,
+    }  # fmt: skip
+
+    def config(name: str, **further: Any):
+        values = {**training, **further}
+        return run_config(
+            tmp_path / name, llm, corpus=corpus, features="convolution", steps=2, training=values, optimizer=None
+        )
+
+    one = train(config("one", gradient_accumulation_steps=2))
+    for entry in one.log_history:
+        if "reconstruction_loss" in entry:
+            assert entry["loss"] == pytest.approx(entry["reconstruction_loss"], rel=1e-3)
+    config("two")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*launcher, "-m", "ocrmem", "train", str(tmp_path / "two" / "config.yaml")], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    weights = [load_file(tmp_path / name / "run" / "adapter" / "adapter.safetensors") for name in ("one", "two")]
+    fresh, _ = build_model(config("fresh"), rival="convolution")
+    assert not torch.allclose(weights[0]["linear1.weight"], fresh.proj.linear1.weight, atol=1e-3)
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5)
