@@ -34,9 +34,7 @@ def test_a_run_becomes_a_panel_with_its_stages(tmp_path):
 
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "bad.json").write_text('{"log_history": [{"loss": 1}]}')
-    with pytest.raises(
-        DataError, match="bad.json: no learning curve .KeyError: 'step'.; expected what `ocrmem"
-    ):
+    with pytest.raises(DataError, match="bad.json: no learning curve .KeyError: 'step'.; expected what `ocrmem"):
         read_curves(tmp_path)
 
 

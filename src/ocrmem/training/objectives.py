@@ -153,7 +153,7 @@ class ObjectiveTrainer(MEMTrainer):
             gradient_check=gradient_check,
             callbacks=callbacks,
         )
-        # A row's loss is a mean of its own. Trainer is not to count labels over all processes, which would wait for them.
+        # A row's loss is a mean of its own; to count labels over all processes, Trainer would wait for each of them.
         self.model_accepts_loss_kwargs = False
         self.settings, self.source, self.eval_source = settings, source, eval_source or source
         self.rows, self.eval_rows = rows, eval_rows
