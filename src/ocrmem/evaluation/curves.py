@@ -1,4 +1,7 @@
-"""Learning curves: from what `ocrmem train --json` printed, kept as `results/training/NAME.json`, to one plot."""
+"""Learning curves: what `ocrmem train --json` printed, kept as `results/training/NAME.json`, as a plot and a table.
+
+Runs in `results/ablation/`, short ones that each leave something out, become a table of their own.
+"""
 
 from __future__ import annotations
 
@@ -70,14 +73,32 @@ def learning_section(runs: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
     """Lines of the page."""
     if not runs:
         return ()
-    commands = [f"- {name}: `{run['command']}`, {run['device']}" for name, run in runs.items() if "command" in run]
     return (
         "## While training",
         "",
         f"![Held-out token accuracy by step](fidelity/{LEARNING_PLOT})",
         "",
-        "Held-out token accuracy, teacher-forced; dotted lines are ends of stages of the curriculum.",
+        "Held-out token accuracy, teacher-forced; dotted lines are ends of stages of the curriculum. At the end:",
         "",
-        *commands,
+        *last_values(runs),
         "",
     )
+
+
+def ablation_section(runs: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    """Lines of the page."""
+    if not runs:
+        return ()
+    return ("## What each part is worth", "", "Held-out token accuracy, teacher-forced:", "", *last_values(runs), "")
+
+
+def last_values(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of every run's last evaluation while training."""
+    head = ["run", "steps", *METRICS.values(), "command", "device"]
+    lines = [head, ["---"] * len(head)]
+    for name, run in runs.items():
+        last = next((entry for entry in reversed(run["log_history"]) if not METRICS.keys().isdisjoint(entry)), {})
+        values = [f"{last[metric]:.3f}" if metric in last else "–" for metric in METRICS]
+        command = f"`{run['command']}`" if "command" in run else "–"
+        lines.append([name, f"{last.get('step', 0):,}", *values, command, run.get("device", "–")])
+    return ["| " + " | ".join(line) + " |" for line in lines]

@@ -2,7 +2,7 @@
 
 ```
 results/fidelity/*.json ─▶ check_schema ─┬─▶ docs/fidelity.md
-results/training/*.json ─▶ curves ───────┴─▶ docs/fidelity/*.svg
+results/{training,ablation}/*.json ──────┴─▶ docs/fidelity/*.svg
 ```
 
 One file holds one evaluation of one adapter. The same files give the same page and plots, byte for byte, with the same
@@ -25,7 +25,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ocrmem.errors import DataError
-from ocrmem.evaluation.curves import LEARNING_PLOT, learning_figure, learning_section, read_curves
+from ocrmem.evaluation.curves import LEARNING_PLOT, ablation_section, learning_figure, learning_section, read_curves
 from ocrmem.files import write_text
 
 if TYPE_CHECKING:
@@ -219,7 +219,8 @@ def write_report(results_folder: Path, docs_folder: Path) -> Path:
     for name, figure in figures.items():
         write_text(docs_folder / "fidelity" / name, svg(figure))
     path = docs_folder / "fidelity.md"
-    write_text(path, "\n".join([page(results), *learning_section(curves)]))
+    ablations = read_curves(results_folder.parent / "ablation")
+    write_text(path, "\n".join([page(results), *learning_section(curves), *ablation_section(ablations)]))
     return path
 
 
