@@ -323,6 +323,8 @@ def _write(
             if progress is not None:
                 progress(index + 1, len(documents))
         flush(True)
+    if device.type == "cuda":  # what the encoders worked in belongs to the training, also on other processes' GPUs
+        torch.cuda.empty_cache()
     np.savez(
         folder / "index.npz",
         spans_U2=np.concatenate(spans),
