@@ -19,7 +19,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 
 from ocrmem.data.documents import document_hash
@@ -138,17 +138,16 @@ def build_bank(
     """
     encoder_identity = encoder.identity() if encode else f"none {encoder.tokens_per_page}"
     target = Path(folder) / bank_key(documents, encoder, encoder_identity, tokenizer)
-    if not target.exists():
-        aside = target.with_name(f"{target.name}.{os.getpid()}.incomplete")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _write(documents, encoder, tokenizer, aside, torch.device(device), num_workers, encode, progress)
-        for path in aside.iterdir():
-            fsync(path)
-        try:
-            aside.rename(target)
-        except OSError:  # another process was first, with the same content
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):  # another process that wants the same waits for it
+        if not target.exists():
+            aside = target.with_name(f"{target.name}.incomplete")
             shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            _write(documents, encoder, tokenizer, aside, torch.device(device), num_workers, encode, progress)
+            for path in aside.iterdir():
+                fsync(path)
+            aside.rename(target)
     return _load(list(documents), target)
 
 
