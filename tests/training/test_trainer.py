@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
-from training.worker import build_trainer
+from training.worker import TinyDataset, build_trainer
 
 from ocrmem.errors import CheckpointError, ConfigError, FrozenPartError, TrainingError
 from ocrmem.training.trainer import last_checkpoint
@@ -48,6 +48,15 @@ def straight(tmp_path_factory) -> tuple[dict[str, torch.Tensor], list[float]]:
 def test_golden_loss_curve(straight):
     _, losses = straight
     assert losses == pytest.approx(GOLDEN_LOSSES, abs=2e-4)
+
+
+def test_a_batch_that_comes_again_and_again_is_learnt(tmp_path):
+    """Eight steps on different samples say nothing of that: their losses differ by more than is learnt."""
+    trainer = build_trainer(tmp_path, steps=40, save_strategy="no")
+    trainer.train_dataset = TinyDataset(size=3)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] - 0.03 > losses[10] > losses[20] + 0.03
     assert losses[-1] < losses[0] - 0.1
 
 
