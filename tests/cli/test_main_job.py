@@ -10,6 +10,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from ocrmem.assets.fetch import resolve
+from ocrmem.data.conversations import read_conversations
+from ocrmem.data.documents import document_hash
+from ocrmem.memory.history import history_text
+from ocrmem.model.adapter import read_manifest
+
 pytestmark = pytest.mark.slow
 
 CONFIG = {
@@ -75,6 +81,13 @@ def test_the_model_card_has_measured_figures(adapter):
     card = (adapter / "README.md").read_text()
     assert "4 optimizer steps on `chitchat/train.jsonl`" in card
     assert "training loss" in card
+
+
+def test_an_evaluation_would_refuse_what_it_was_trained_on(adapter):
+    manifest = read_manifest(adapter)
+    assert manifest["corpora"] == ["chitchat/train.jsonl"]
+    first = read_conversations(resolve("chitchat") / "train.jsonl", max_conversations=1).conversations[0]
+    assert document_hash(history_text(first.messages))[:16] in manifest["documents"]
 
 
 def test_chat_answers_through_the_memory(folder, adapter):

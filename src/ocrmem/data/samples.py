@@ -113,6 +113,7 @@ class MEMDataset(Dataset[dict[str, Any]]):
             raise ConfigError(f"max_reply_tokens={max_reply_tokens}: expected 1 or more.")
         if not conversations:
             raise DataError("the data set is empty: no conversations were given. Give at least one.")
+        self.conversations = conversations
         self.processor = processor
         self.max_reply_tokens = max_reply_tokens
         self._smallest_memory = processor.smallest_memory()

@@ -16,9 +16,11 @@ from transformers import TrainerCallback, set_seed
 from ocrmem import __version__
 from ocrmem.config.train import TrainConfig
 from ocrmem.data.collator import MEMCollator
+from ocrmem.data.documents import document_hash
 from ocrmem.data.samples import MEMDataset
 from ocrmem.errors import ConfigError
 from ocrmem.files import write_text
+from ocrmem.memory.history import history_text
 from ocrmem.model.adapter import default_card, read_manifest
 from ocrmem.training.build import (
     build_dataset,
@@ -87,9 +89,7 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
     adapter = run_dir / ADAPTER_FOLDER
     history = trainer.state.log_history
     if trainer.args.should_save:
-        manifest = None
-        if isinstance(train_dataset, PackedRows):
-            manifest = training_manifest(train_dataset, config, steps=trainer.state.global_step)
+        manifest = training_manifest(train_dataset, config, steps=trainer.state.global_step)
         model.save_pretrained(adapter, model_card=training_card(model.config, config, history), manifest=manifest)
     return TrainResult(
         adapter=adapter,
@@ -153,18 +153,21 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): values}
 
 
-def training_manifest(rows: PackedRows, config: TrainConfig, *, steps: int) -> dict[str, Any]:
+def training_manifest(dataset: PackedRows | MEMDataset, config: TrainConfig, *, steps: int) -> dict[str, Any]:
     """What an adapter was trained on: the first 16 hex digits of the hash of every document, and the files' names;
     with those of the adapter that the run started from.
 
     `ocrmem eval` refuses text whose hash is listed.
     """
-    assert config.objectives is not None
-    bank = next(iter(rows.samplers.values())).bank
+    if isinstance(dataset, PackedRows):
+        hashes = next(iter(dataset.samplers.values())).bank.hashes()
+    else:
+        hashes = [document_hash(history_text(conversation.messages)) for conversation in dataset.conversations]
+    corpora = (config.data.train,) if config.objectives is None else config.objectives.corpora
     before = read_manifest(Path(config.adapter)) if config.adapter is not None else {}
     return {
-        "documents": sorted({*before.get("documents", ()), *(value[:16] for value in bank.hashes())}),
-        "corpora": sorted({*before.get("corpora", ()), *config.objectives.corpora}),
+        "documents": sorted({*before.get("documents", ()), *(value[:16] for value in hashes)}),
+        "corpora": sorted({*before.get("corpora", ()), *corpora}),
         "steps": before.get("steps", 0) + steps,
     }
 
