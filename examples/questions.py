@@ -170,8 +170,8 @@ def show(items: list[dict[str, Any]], console: Console) -> None:
     console.print(cost(items))
     for item in of_task(items, "reading"):
         table = Table("", escape(item["question"]))
-        table.add_row("original", escape(item["truth"]))
-        table.add_row("memory", escape(item["answers"]["memory"]))
+        table.add_row("original", escape(" ".join(item["truth"].split())))
+        table.add_row("memory", escape(" ".join(item["answers"]["memory"].split())))
         table.add_row("errors", ", ".join(f"{name} {rate}" for name, rate in error_rates(item).items()))
         console.print(table)
 
@@ -196,7 +196,7 @@ def markdown(items: list[dict[str, Any]]) -> str:
             rows.append([plain(item["sentence"]), plain(item["truth"]), *answers])
         parts.append(grid(rows))
     parts += [grid(scores(items)), cost(items)]
-    rows = [["Read aloud: original", "from the memory", "character errors", "of the full text"]]
+    rows = [["read aloud: original", "from the memory", "character error rate", "the same from the full text"]]
     for item in of_task(items, "reading"):
         rows.append([plain(item["truth"]), plain(item["answers"]["memory"]), *error_rates(item).values()])
     parts.append(grid(rows))
