@@ -221,6 +221,16 @@ def test_rows_are_decided_by_their_number(bank, frame):
     assert int(row["page_num_tokens"].sum()) == int((row["input_ids"] == memory_id(frame)).sum())
 
 
+def test_a_warm_start_without_text_long_enough_is_refused(bank, frame):
+    settings = ObjectiveSettings(
+        corpora=("x",), warm_start_steps=1, stages=(Stage(steps=1, min_units=500, max_units=500),)
+    )
+    by_pieces = {4: TaskSampler(bank.joined(4), frame, memory_token_id=memory_id(frame))}
+    rows = PackedRows(by_pieces, settings, seed=0, rows_per_step=1, pad_token_id=0)
+    with pytest.raises(DataError, match="no document of the corpora has 500 units"):
+        rows[0]
+
+
 def test_questions_are_about_several_texts(sampler):
     stage = Stage(steps=1, max_units=8, tasks={"recall": 1})
     samples = [sampler.sample(np.random.default_rng(i), stage) for i in range(30)]

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ocrmem.config.objectives import TASKS, Features, ObjectiveSettings, Stage
 from ocrmem.data.bank import Bank
-from ocrmem.errors import ConfigError, SpliceError
+from ocrmem.errors import ConfigError, DataError, SpliceError
 from ocrmem.model.label_loss import IGNORE_INDEX
 from ocrmem.training.tasks import Sample, TaskSampler
 
@@ -79,6 +79,11 @@ class PackedRows(Dataset[dict[str, Any]]):
         `slots`. The LLM is not run, so one position stands for its row."""
         runs: list[list[int]] = []
         total = 0
+        if not (sampler.bank.num_units_K >= stage.min_units).any():
+            raise DataError(
+                f"no document of the corpora has {stage.min_units} units, the min_units of the first stage, which the "
+                "warm start uses too. Lower it, or give longer documents."
+            )
         while total < self.settings.packed_length:
             found = sampler.run(rng, stage)
             if found is not None:
