@@ -146,7 +146,9 @@ def test_cued_recall_of_conversations(conversations):
         assert probe.history.count(probe.query) == 1
         assert probe.target == probe.target.strip() != ""
         assert 512 <= len(probe.history) <= 1024
-        assert probe.turns == (Message("user", CUED_RECALL.format(place="conversation", cue=probe.query)),)
+        assert probe.turns[-1] == Message("user", CUED_RECALL.format(place="conversation", cue=probe.query))
+        assert [turn.role for turn in probe.turns] == ["user", "assistant", "user"]
+        assert probe.turns[1].content not in probe.history
 
 
 def test_cued_sentences_lie_everywhere_in_the_history(conversations):
@@ -186,7 +188,8 @@ def test_cloze():
         assert probe.query.replace(GAP, probe.target) in probe.history
         title = titles[document_of(probe)]
         assert f"{title}: " in probe.history
-        assert probe.turns == (Message("user", CLOZE.format(title=title, sentence=probe.query)),)
+        assert probe.turns[-1] == Message("user", CLOZE.format(title=title, sentence=probe.query))
+        assert probe.turns[:2] == probes[0].turns[:2]  # the same worked example before every question
         assert not set(title.lower().split()) & set(probe.target.lower().split())
         starts_with_its_lead.add(probe.history.startswith(title))
     assert starts_with_its_lead == {True, False}

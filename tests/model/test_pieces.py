@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 
 from ocrmem.config.projection import ProjectionSettings
-from ocrmem.errors import CheckpointError, ConfigError
+from ocrmem.errors import CheckpointError, ConfigError, SpliceError
 from ocrmem.model.adapter import load_projection, read_manifest
 from ocrmem.model.projection import Projection, rotary, turned
 
@@ -31,21 +31,26 @@ def test_fewer_pieces_to_a_token_give_the_tokens_in_between():
     torch.testing.assert_close(whole, quarters[:, 3::4])
 
 
-def test_a_piece_sees_its_neighbours_and_none_beyond_the_used_part():
-    settings = {"pieces": 2, "context": 2, "num_layers": 1}
-    proj = projection(**settings)
-    assert proj.linear1.in_features == 6 * 5
-    features_PVE, used = torch.randn(1, 5, 12), torch.tensor([3])
-    before = proj(features_PVE, used)
-    changed = features_PVE.clone()
-    changed[0, 3:] += 1
-    torch.testing.assert_close(proj(changed, used)[0, :3], before[0, :3])
+def test_every_piece_goes_through_its_own_matrix():
+    proj = projection(pieces=2)
     proj.attention.layers = torch.nn.ModuleList()
-    before, changed = proj(features_PVE), features_PVE.clone()
-    changed[0, 0, :6] += 1  # the first piece: in sight of the two after it, and not of the third
+    with torch.no_grad():
+        proj.merge[1].weight.copy_(torch.randn(8, 8))
+    features_PVE = torch.randn(1, 3, 12)
+    pieces_PVD = proj.linear2(torch.nn.functional.gelu(proj.linear1(features_PVE.reshape(1, 6, 6))))
+    expected = pieces_PVD[:, 1::2] + pieces_PVD[:, ::2] @ proj.merge[1].weight.T
+    expected = torch.nn.functional.rms_norm(expected, (8,), eps=1e-6) * 0.1
+    torch.testing.assert_close(proj(features_PVE), expected)
+    changed = features_PVE.clone()
+    changed[0, 0, :6] += 1
     after = proj(changed)
-    assert not torch.allclose(after[0, 0], before[0, 0])
-    torch.testing.assert_close(after[0, 1:], before[0, 1:])
+    assert not torch.allclose(after[0, 0], expected[0, 0])
+    torch.testing.assert_close(after[0, 1:], expected[0, 1:])
+
+
+def test_more_pieces_than_the_projection_has_are_refused():
+    with pytest.raises(SpliceError, match="features of 8 pieces to a memory token, expected 4 at most"):
+        projection(pieces=4)._merged(torch.randn(1, 16, 8), 8)
 
 
 def test_only_the_distance_between_pieces_counts():

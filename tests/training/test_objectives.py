@@ -206,7 +206,7 @@ def test_rows_are_decided_by_their_number(bank, frame):
     rows = PackedRows(by_pieces, settings, seed=0, rows_per_step=2, pad_token_id=0)
     assert len(rows) == 6
     assert ["warm_start" in rows[i] for i in range(6)] == [True, True, False, False, False, False]
-    assert torch.equal(rows.first_row()["input_ids"], rows[2]["input_ids"])
+    assert torch.equal(rows.checked_row()["input_ids"], rows[2]["input_ids"])
     warm = rows[0]
     assert 1024 <= int(warm["page_num_tokens"].sum()) < 1024 + 2 * by_pieces[4].bank.tokens_per_unit
     assert warm["slots"].shape[:2] == (len(warm["units"]), warm["units"].shape[1] * by_pieces[4].bank.tokens_per_unit)
@@ -498,7 +498,11 @@ def test_a_run_with_objectives_learns_and_resumes_exactly(tmp_path):
     [
         (
             {"stages": [{"steps": 1, "max_units": 1, "pieces": 3}]},
-            "pieces=3, which does not divide projection.pieces=4",
+            "pieces=3: expected 1 to projection.pieces=4, and a divisor of the",
+        ),
+        (
+            {"stages": [{"steps": 1, "max_units": 1, "pieces": 8}]},
+            "pieces=8: expected 1 to projection.pieces=4",
         ),
     ],
 )

@@ -20,13 +20,10 @@ class ProjectionSettings:
     """Attention layers (kind `attention` alone)."""
     mlp_ratio: int = 4
     """Width of the MLP of an attention layer, in embedding widths (kind `attention` alone)."""
-    context: int = 0
-    """Neighbouring memory tokens, or pieces of them, on each side whose features the first layer sees besides its own:
-    a text token may begin under one and end under the next."""
     pieces: int = 1
-    """Cut each memory token's features into this many pieces of one width, which attention sees apart before the last
-    of them becomes the memory token (kind `attention` alone). A projection of many pieces also takes fewer to the
-    token, so that a curriculum can begin with little compression; see `Stage.pieces`."""
+    """Cut each memory token's features into this many pieces of one width, which attention sees apart before they
+    are added up, each through a matrix of its own (kind `attention` alone). A projection of many pieces also takes
+    fewer to the token, so that a curriculum can begin with little compression; see `Stage.pieces`."""
     gain: bool = False
     """Learn the size of each dimension of the memory tokens, from that of the LLM's embeddings on; otherwise every
     token has the RMS of the LLM's embeddings."""
@@ -38,8 +35,6 @@ class ProjectionSettings:
             raise ConfigError(f"projection kind={self.kind!r}: expected 'mlp' or 'attention'.")
         if self.pieces != 1 and self.kind != "attention":
             raise ConfigError(f"projection pieces={self.pieces} needs kind 'attention'; kind is {self.kind!r}.")
-        if self.context < 0:
-            raise ConfigError(f"projection setting context={self.context}: expected 0 or more.")
         for name in ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "pieces"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -7,6 +7,9 @@
 Every maker is deterministic in its documents and its seed: the probes of one document depend on that document and the
 seed alone (cloze histories also on the other leads), the order of the documents on the seed. Each task has one fixed
 wording, unlike in training, so that results stay comparable.
+
+Before a cued recall or cloze question stands one that is answered already, the same for every arm: it shows what form
+an answer has. Without it the frozen LLM does not know, whatever text it is given, and the comparison would be of form.
 """
 
 from __future__ import annotations
@@ -39,6 +42,10 @@ CLOZE = 'What belongs in the gap in this sentence about {title}? "{sentence}" Gi
 """The question of a cloze probe."""
 GAP = "____"
 """What stands for the fact that a cloze probe asks for."""
+CUED_RECALL_EXAMPLE = ("The old lighthouse on the northern cliff was", "built of grey stone by the people of the island.")
+"""Cue and answer of the question that stands before every cued recall question; its sentence is in no history."""
+CLOZE_EXAMPLE = ("Bellmoor Bridge", "It was opened in ____ and carries two lanes of traffic over the river.", "1874")
+"""Title, sentence and answer of the question that stands before every cloze question; they are in no history."""
 SENTENCE_CHARS = (60, 240)
 """Shortest and longest sentence that a cued recall or cloze probe asks about."""
 MIN_FILL = 0.9
@@ -160,7 +167,11 @@ def cued_recall_probes(
                 source=text.source,
                 id=f"{text.id}#{len(asked)}",
                 history=text.text[start:end],
-                turns=(Message("user", CUED_RECALL.format(place=place, cue=cue)),),
+                turns=_after_example(
+                    CUED_RECALL.format(place=place, cue=CUED_RECALL_EXAMPLE[0]),
+                    CUED_RECALL_EXAMPLE[1],
+                    CUED_RECALL.format(place=place, cue=cue),
+                ),
                 target=text.text[middle:last],
                 query=cue,
                 document_hashes=(_hash(document),),
@@ -169,6 +180,10 @@ def cued_recall_probes(
             tries = 0
 
     return _spread(documents, make, n=n, seed=seed)
+
+
+def _after_example(question: str, answer: str, asked: str) -> tuple[Message, ...]:
+    return Message("user", question), Message("assistant", answer), Message("user", asked)
 
 
 def _cue(
@@ -223,7 +238,11 @@ def cloze_probes(leads: Sequence[Document], *, history_chars: int, n: int, seed:
                 source="prose",
                 id=f"{lead.id}#{number}",
                 history=history,
-                turns=(Message("user", CLOZE.format(title=lead.title.strip(), sentence=sentence)),),
+                turns=_after_example(
+                    CLOZE.format(title=CLOZE_EXAMPLE[0], sentence=CLOZE_EXAMPLE[1]),
+                    CLOZE_EXAMPLE[2],
+                    CLOZE.format(title=lead.title.strip(), sentence=sentence),
+                ),
                 target=fact,
                 query=sentence,
                 document_hashes=tuple(map(_hash, chosen)),

@@ -1,9 +1,12 @@
 """The projection: the only part that learns.
 
 ```
-features_PVE ─▶ neighbours ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬─────────────────────▶ RMS = embedding RMS ─▶ memory_PVD
-                side by side                               └─▶ attention over V ─┘   (kind "attention")
+features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬────────────────────┬─▶ merge ─▶ RMS = embedding RMS ─▶ memory_PVD
+                                                       └─▶ attention over V ┘   (kind "attention")
 ```
+
+A memory token is the sum of its pieces, each through a matrix of its own (`merge`): the last starts as it is and the
+others at zero, so that a projection of more pieces begins as one of fewer.
 
 Its weights are always float32, whatever type the LLM has: in bfloat16 AdamW at a learning rate of 1e-5 would move
 2% of the weights a step and learn almost nothing. Its output has the RMS of the LLM's embeddings, so that memory
@@ -21,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ocrmem.config.projection import ProjectionSettings
-from ocrmem.errors import ConfigError
+from ocrmem.errors import ConfigError, SpliceError
 
 ROTARY_BASE = 100.0
 """Base of the rotary angles (Su et al. 2021, who have 10,000): what is read together is a few tokens apart."""
@@ -58,8 +61,7 @@ class Projection(nn.Module):
                 "choose a divisor."
             )
         self.piece_width = feature_width // settings.pieces
-        self.context = settings.context
-        self.linear1 = nn.Linear(self.piece_width * (2 * self.context + 1), hidden_size, dtype=torch.float32)
+        self.linear1 = nn.Linear(self.piece_width, hidden_size, dtype=torch.float32)
         self.linear2 = nn.Linear(hidden_size, embedding_width, dtype=torch.float32)
         self.attention: PageAttention | None = None
         if settings.kind == "attention":
@@ -69,6 +71,13 @@ class Projection(nn.Module):
                 num_heads=settings.num_heads,
                 mlp_ratio=settings.mlp_ratio,
             )
+        self.merge = nn.ModuleList(
+            nn.Linear(embedding_width, embedding_width, bias=False, dtype=torch.float32)
+            for _ in range(settings.pieces if settings.pieces > 1 else 0)
+        )
+        for number, matrix in enumerate(self.merge):
+            with torch.no_grad():
+                matrix.weight.copy_(torch.eye(embedding_width) if number == 0 else torch.zeros(()))
         self.gain_D = nn.Parameter(torch.ones(embedding_width, dtype=torch.float32)) if settings.gain else None
         self.register_buffer("embedding_rms", torch.tensor(embedding_rms, dtype=torch.float32))
 
@@ -86,26 +95,26 @@ class Projection(nn.Module):
         pages, tokens, width = features_PVE.shape
         pieces = width // self.piece_width
         used_P = None if page_num_tokens_P is None else page_num_tokens_P * pieces
-        cut = features_PVE.to(self.compute_dtype or torch.float32)
-        cut = self._with_neighbours(cut.reshape(pages, tokens * pieces, self.piece_width), used_P)
+        cut = features_PVE.to(self.compute_dtype or torch.float32).reshape(pages, tokens * pieces, self.piece_width)
         lower = self.compute_dtype is not None
         with torch.autocast(cut.device.type, self.compute_dtype, enabled=True) if lower else nullcontext():
             memory_PVD = self.linear2(F.gelu(self.linear1(cut)))
             if self.attention is not None:
                 memory_PVD = self.attention(memory_PVD, used_P)
-        memory_PVD = memory_PVD[:, pieces - 1 :: pieces]
+            memory_PVD = self._merged(memory_PVD, pieces)
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
         return normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
 
-    def _with_neighbours(self, cut_PVE: torch.Tensor, used_P: torch.Tensor | None) -> torch.Tensor:
-        """Each piece between the `context` pieces before and after it on the page, zeros beyond its ends."""
-        if not self.context:
-            return cut_PVE
-        num = cut_PVE.shape[1]
-        if used_P is not None:
-            cut_PVE = cut_PVE * (torch.arange(num, device=cut_PVE.device) < used_P[:, None])[..., None]
-        padded = F.pad(cut_PVE, (0, 0, self.context, self.context))
-        return torch.cat([padded[:, shift : shift + num] for shift in range(2 * self.context + 1)], dim=-1)
+    def _merged(self, pieces_PVD: torch.Tensor, pieces: int) -> torch.Tensor:
+        """Every `pieces` neighbours as one; the first matrix of `merge` is the last piece's."""
+        if not self.merge:
+            return pieces_PVD
+        if pieces > len(self.merge):
+            raise SpliceError(
+                f"features of {pieces} pieces to a memory token, expected {len(self.merge)} at most (projection.pieces)."
+            )
+        last_first = [pieces_PVD[:, pieces - 1 - number :: pieces] for number in range(pieces)]
+        return torch.stack([matrix(x) for matrix, x in zip(self.merge, last_first, strict=False)]).sum(dim=0)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to()`, `.half()`, `.cuda()`… move the projection, but never out of float32."""

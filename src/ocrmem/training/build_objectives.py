@@ -108,8 +108,11 @@ def samplers(bank: Bank, config: TrainConfig, frame: Frame, processor: MEMProces
     whole = config.projection.pieces
     result = {}
     for pieces in {whole, *(stage.pieces or whole for stage in config.objectives.stages)}:
-        if whole % pieces:
-            raise ConfigError(f"a stage has pieces={pieces}, which does not divide projection.pieces={whole}.")
+        if not 1 <= pieces <= whole or bank.tokens_per_unit % pieces:
+            raise ConfigError(
+                f"a stage has pieces={pieces}: expected 1 to projection.pieces={whole}, and a divisor of the "
+                f"{bank.tokens_per_unit} pieces of one of the encoder's units."
+            )
         result[pieces] = TaskSampler(bank.joined(pieces), frame, memory_token_id=processor.memory_token_id)
     return result
 

@@ -180,8 +180,10 @@ class ObjectiveTrainer(MEMTrainer):
         return inputs
 
     def check_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What `MEMModel.forward` takes of a row; for the warm start, which runs no LLM, of the first row after it."""
-        inputs = self._prepare_inputs(self.rows.first_row() if inputs.get("warm_start") else dict(inputs))
+        """What `MEMModel.forward` takes of a row; where the LLM or a part of the projection does not run in it, of
+        `PackedRows.checked_row`."""
+        partial = inputs.get("warm_start") or inputs.get("pieces", self.rows.whole) < self.rows.whole
+        inputs = self._prepare_inputs(self.rows.checked_row() if partial else dict(inputs))
         return {key: inputs[key] for key in FORWARD_KEYS if key in inputs}
 
     def compute_loss(

@@ -68,9 +68,13 @@ class PackedRows(Dataset[dict[str, Any]]):
         batch["distillation"] = stage.distillation
         return batch
 
-    def first_row(self) -> dict[str, Any]:
-        """The first row that the LLM is run on."""
-        return self[self.settings.warm_start_steps * self.rows_per_step]
+    def checked_row(self) -> dict[str, Any]:
+        """The first row of the stage with the most pieces to a memory token: every part of the projection takes part
+        in it, as in the warm start and under fewer pieces it does not."""
+        pieces = [stage.pieces or self.whole for stage in self.settings.stages]
+        before = self.settings.stages[: pieces.index(max(pieces))]
+        step = self.settings.warm_start_steps + sum(stage.steps for stage in before)
+        return self[step * self.rows_per_step]
 
     def _memory_alone(
         self, sampler: TaskSampler, rng: np.random.Generator, stage: Stage, pieces: int
