@@ -33,6 +33,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no-lexicon": ("objectives.lexicon=0",),
     "no-warm-start": ("objectives.warm_start_steps=0",),
     "no-gain": ("projection.gain=false",),
+    "no-merge": ("projection.merge=false",),
     "adamw": ("optimizer=null", "training.learning_rate=1.0e-3"),
     "no-distillation": ("distillation=0",),
     "reconstruction-alone": ("tasks=reconstruction",),

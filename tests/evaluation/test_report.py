@@ -50,6 +50,7 @@ def using(task, arm, gain):
 def results(name="near-two", ratio=1.75):
     return {
         "schema": 1,
+        "probes": 2,
         "command": f"ocrmem eval adapters/{name} --seed 0",
         "created": "2026-03-04",
         "versions": {"ocrmem": "0.1.0", "torch": "2.9.0"},
@@ -89,7 +90,7 @@ def test_the_page_shows_every_figure(tmp_path):
     folder = write(tmp_path / "results", b=results(), a=results("near-four", 3.5))
     text = page(read_results(folder))
     assert text.index("## near-four") < text.index("## near-two")
-    assert "| near-two | 1.75× | 120,000 | 2026-03-04 | H100 \\| 80 GB |" in text
+    assert "| near-two | 1.75× | 120,000 | 2026-03-04 | 2 | H100 \\| 80 GB |" in text
     assert "| prose | 1,024 | memory | 1.75× | 1,234 | 0.875 [0.855, 0.895] | 0.125 [0.105, 0.145] | – |" in text
     row = "| {} | 200 | 301 | 2.500 [2.480, 2.520] | {} | – | 0.250 [0.230, 0.270] | 0.500 [0.480, 0.520] |"
     assert row.format("memory", "0.600 [0.580, 0.620] | –") in text
@@ -158,7 +159,7 @@ def broken(change):
 
 
 BROKEN = {
-    "no table": (lambda d: d.pop("cost"), r"x.json: no 'cost'; expected a list of objects. It has schema, command"),
+    "no table": (lambda d: d.pop("cost"), r"x.json: no 'cost'; expected a list of objects. It has schema, probes"),
     "version": (lambda d: d.update(schema=2), r"x.json: schema is 2; this version reads 1. Write the file again"),
     "no version": (lambda d: d.pop("schema"), r"x.json: no 'schema'; expected a whole number"),
     "field": (lambda d: d["reading"][1].pop("cer"), r"x.json: reading\[1\]: no 'cer'; expected \{\"mean\""),

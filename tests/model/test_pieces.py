@@ -29,10 +29,12 @@ def test_fewer_pieces_to_a_token_give_the_tokens_in_between():
     assert (whole.shape, halves.shape, quarters.shape) == ((2, 5, 8), (2, 10, 8), (2, 20, 8))
     torch.testing.assert_close(whole, halves[:, 1::2])
     torch.testing.assert_close(whole, quarters[:, 3::4])
+    fresh = projection(pieces=4, merge=True)
+    torch.testing.assert_close(fresh(features_PVE, used), whole)  # it begins as the last piece alone
 
 
 def test_every_piece_goes_through_its_own_matrix():
-    proj = projection(pieces=2)
+    proj = projection(pieces=2, merge=True)
     proj.attention.layers = torch.nn.ModuleList()
     with torch.no_grad():
         proj.merge[1].weight.copy_(torch.randn(8, 8))
@@ -49,8 +51,10 @@ def test_every_piece_goes_through_its_own_matrix():
 
 
 def test_more_pieces_than_the_projection_has_are_refused():
-    with pytest.raises(SpliceError, match="features of 8 pieces to a memory token, expected 4 at most"):
-        projection(pieces=4)._merged(torch.randn(1, 16, 8), 8)
+    with pytest.raises(
+        SpliceError, match="features of 8 pieces to a memory token, expected projection.pieces=4 at most"
+    ):
+        projection(pieces=4, merge=True)._merged(torch.randn(1, 16, 8), 8)
 
 
 def test_only_the_distance_between_pieces_counts():

@@ -35,6 +35,7 @@ from ocrmem.training.optimizer import MuonAdamW
 from ocrmem.training.packing import PackedRows, fill, pack, token_slots
 from ocrmem.training.run import train
 from ocrmem.training.tasks import Frame, TaskSampler
+from ocrmem.types import Message
 
 PROSE = (
     "The geoid is the shape that the ocean surface would take under the influence of the gravity of Earth. It was "
@@ -184,6 +185,28 @@ def test_samples_of_every_task(task, sampler, tokenizer):
             assert text_of(bank, sample).strip() in tokenizer.decode(sample.teacher_ids_T)
             labels = sample.input_ids_T[sample.labelled_T]
             assert np.array_equal(labels, sample.teacher_ids_T[sample.teacher_labelled_T])
+
+
+def test_replies_are_joined_as_the_chat_template_writes_them(sampler, tokenizer, bank):
+    counts = set()
+    for seed in range(12):
+        sample = sampler.sample(np.random.default_rng(seed), Stage(steps=1, max_units=3, tasks={"reply": 1}))
+        document = bank.documents[documents_of(bank, sample.units)[0]]
+        whole = tokenizer.decode(sample.input_ids_T)
+        said = whole.rpartition(sampler.frame.chat_format.memory_token)[2].strip()
+        replies = tokenizer.decode(sample.input_ids_T[sample.labelled_T]).split("<|im_end|>")[:-1]
+        counts.add(len(replies))
+        turns = [(role, document.text[start:end]) for role, start, end in document.turns]
+        last = max(i for i, (_, content) in enumerate(turns) if content.strip() == replies[-1].strip())
+        chat_format = sampler.frame.chat_format
+        for first in range(last, -1, -1):  # the turns that stay text: those from some cut on
+            messages = [Message(role, content) for role, content in turns[first : last + 1]]
+            text = chat_format.text(messages, add_generation_prompt=False, num_placeholders=1)
+            if text.partition(chat_format.memory_token)[2].strip() == said:
+                break
+        else:
+            pytest.fail(f"not as the template writes it: {said}")
+    assert max(counts) >= 2
 
 
 def test_a_text_with_the_placeholder_in_it_never_trains(bank, frame):

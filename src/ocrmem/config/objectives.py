@@ -25,8 +25,8 @@ class Stage:
     max_units: int
     """Longest history; lengths are drawn log-uniformly between the two."""
     pieces: int | None = None
-    """Pieces to one memory token, no more than `projection.pieces`, and as many as divide a unit of the encoder:
-    less compression than at the end, for a start at which the frozen LLM can read what it is given. None: all of them."""
+    """Pieces to one memory token, no more than `projection.pieces`, and a divisor of those of an encoder's unit: less
+    compression than at the end, for a start at which the frozen LLM can read what it is given. None: all of them."""
     tasks: dict[str, float] = field(default_factory=lambda: {"reconstruction": 1.0})
     """Shares of the samples and of the loss, by task: `reconstruction` (repeat the text), `continuation` (what
     follows), `recall` (what came after a quoted half sentence), `cloze` (fill a gap), `reply` (an assistant's turn in

@@ -22,8 +22,11 @@ class ProjectionSettings:
     """Width of the MLP of an attention layer, in embedding widths (kind `attention` alone)."""
     pieces: int = 1
     """Cut each memory token's features into this many pieces of one width, which attention sees apart before they
-    are added up, each through a matrix of its own (kind `attention` alone). A projection of many pieces also takes
-    fewer to the token, so that a curriculum can begin with little compression; see `Stage.pieces`."""
+    become one memory token (kind `attention` alone). A projection of many pieces also takes fewer to the token, so
+    that a curriculum can begin with little compression; see `Stage.pieces`."""
+    merge: bool = False
+    """How the pieces become one memory token: added up, each through a matrix of its own, or (false) the last stands
+    for all, with what attention brought it of the others."""
     gain: bool = False
     """Learn the size of each dimension of the memory tokens, from that of the LLM's embeddings on; otherwise every
     token has the RMS of the LLM's embeddings."""
@@ -35,6 +38,8 @@ class ProjectionSettings:
             raise ConfigError(f"projection kind={self.kind!r}: expected 'mlp' or 'attention'.")
         if self.pieces != 1 and self.kind != "attention":
             raise ConfigError(f"projection pieces={self.pieces} needs kind 'attention'; kind is {self.kind!r}.")
+        if self.merge and self.pieces == 1:
+            raise ConfigError("projection merge=true needs pieces of 2 or more; pieces is 1.")
         for name in ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "pieces"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -8,7 +8,7 @@ from typing import Any
 from ocrmem.errors import DataError
 from ocrmem.evaluation.report import MEMORY_ARM, check_schema
 
-SAME = ("schema", "adapter", "device", "versions", "seeds")
+SAME = ("schema", "probes", "adapter", "device", "versions", "seeds")
 """What must be equal; of the adapter its name and steps."""
 TABLES = {
     "reading": ("source", "num_chars", "arm"),

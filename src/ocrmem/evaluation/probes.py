@@ -40,9 +40,11 @@ CUED_RECALL = 'Complete the sentence from the {place} above that begins with the
 """The question of a cued recall probe; the place is `text` or `conversation`."""
 CLOZE = 'What belongs in the gap in this sentence about {title}? "{sentence}" Give the missing words and nothing else.'
 """The question of a cloze probe."""
+PROBES = 2
+"""Version of what is asked, kept with the results; 1 asked without the worked examples."""
 GAP = "____"
 """What stands for the fact that a cloze probe asks for."""
-CUED_RECALL_EXAMPLE = ("The old lighthouse on the northern cliff was", "built of grey stone by the people of the island.")
+CUED_RECALL_EXAMPLE = ("The old lighthouse on the northern cliff", "was built of grey stone by the islanders.")
 """Cue and answer of the question that stands before every cued recall question; its sentence is in no history."""
 CLOZE_EXAMPLE = ("Bellmoor Bridge", "It was opened in ____ and carries two lanes of traffic over the river.", "1874")
 """Title, sentence and answer of the question that stands before every cloze question; they are in no history."""

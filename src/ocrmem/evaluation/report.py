@@ -92,6 +92,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 TOP = {
     "schema": "count",
+    "probes": "count",
     "command": "text",
     "created": "date",
     "versions": "object",
@@ -239,12 +240,20 @@ def page(results: Sequence[Results]) -> str:
         "A trained memory also tells the LLM what form an answer has, as a trained soft prompt would, and text does",
         "not: so G can be above 1, and far above it where the full text by itself hardly helps the frozen LLM.",
         "`other-memory`, the memory of another text, has the form and nothing of the text: what a memory holds is its",
-        "distance from that row, and `shuffled-memory` has the same tokens in another order.",
+        "distance from that row, and `shuffled-memory` has the same tokens in another order. Since version 2 of the",
+        "probes a question of cued recall or cloze has a worked example before it, the same for every arm.",
         "",
         *_table(
-            ["adapter", "compression ratio", "steps", "evaluated", "device"],
+            ["adapter", "compression ratio", "steps", "evaluated", "probes", "device"],
             [
-                [a["name"], f"{a['memory_ratio']:.2f}×", f"{a['steps']:,}", r.data["created"], r.data["device"]]
+                [
+                    a["name"],
+                    f"{a['memory_ratio']:.2f}×",
+                    f"{a['steps']:,}",
+                    r.data["created"],
+                    str(r.data["probes"]),
+                    r.data["device"],
+                ]
                 for r in results
                 for a in [r.data["adapter"]]
             ],

@@ -123,6 +123,7 @@ def evaluate(
     using = run.using(documents, conversations) if "using" in settings.parts else []
     results = {
         "schema": SCHEMA,
+        "probes": probes.PROBES,
         "command": " ".join(["ocrmem", *sys.argv[1:]]),
         "created": datetime.date.today().isoformat(),
         "versions": {

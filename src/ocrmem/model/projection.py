@@ -1,12 +1,12 @@
 """The projection: the only part that learns.
 
 ```
-features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬────────────────────┬─▶ merge ─▶ RMS = embedding RMS ─▶ memory_PVD
-                                                       └─▶ attention over V ┘   (kind "attention")
+features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬──────────────────────┬─▶ merge ─▶ RMS of text ─▶ memory_PVD
+                                                       └─▶ attention over them ┘
 ```
 
-A memory token is the sum of its pieces, each through a matrix of its own (`merge`): the last starts as it is and the
-others at zero, so that a projection of more pieces begins as one of fewer.
+With `merge`, a memory token is the sum of its pieces, each through a matrix of its own: the last starts as it is and
+the others at zero, so that a projection of more pieces begins as one of fewer. Without it, the last stands for all.
 
 Its weights are always float32, whatever type the LLM has: in bfloat16 AdamW at a learning rate of 1e-5 would move
 2% of the weights a step and learn almost nothing. Its output has the RMS of the LLM's embeddings, so that memory
@@ -73,7 +73,7 @@ class Projection(nn.Module):
             )
         self.merge = nn.ModuleList(
             nn.Linear(embedding_width, embedding_width, bias=False, dtype=torch.float32)
-            for _ in range(settings.pieces if settings.pieces > 1 else 0)
+            for _ in range(settings.pieces if settings.merge else 0)
         )
         for number, matrix in enumerate(self.merge):
             with torch.no_grad():
@@ -106,12 +106,12 @@ class Projection(nn.Module):
         return normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
 
     def _merged(self, pieces_PVD: torch.Tensor, pieces: int) -> torch.Tensor:
-        """Every `pieces` neighbours as one; the first matrix of `merge` is the last piece's."""
+        """Every `pieces` neighbours as one, by `ProjectionSettings.merge`; the first matrix is the last piece's."""
         if not self.merge:
-            return pieces_PVD
+            return pieces_PVD[:, pieces - 1 :: pieces]
         if pieces > len(self.merge):
             raise SpliceError(
-                f"features of {pieces} pieces to a memory token, expected {len(self.merge)} at most (projection.pieces)."
+                f"features of {pieces} pieces to a memory token, expected projection.pieces={len(self.merge)} at most."
             )
         last_first = [pieces_PVD[:, pieces - 1 - number :: pieces] for number in range(pieces)]
         return torch.stack([matrix(x) for matrix, x in zip(self.merge, last_first, strict=False)]).sum(dim=0)

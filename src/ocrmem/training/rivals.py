@@ -72,4 +72,4 @@ class RivalEncoder(OCREncoder):
 
 def rival_projection(settings: ProjectionSettings, record: RivalRecord) -> ProjectionSettings:
     """Settings of a rival's projection, given those of the memory's."""
-    return dataclasses.replace(settings, pieces=1) if record.kind == "mean-pooling" else settings
+    return dataclasses.replace(settings, pieces=1, merge=False) if record.kind == "mean-pooling" else settings

@@ -59,7 +59,7 @@ GAP = "____"
 CONTINUATION_TOKENS = 96
 """Labelled tokens of a continuation."""
 REPLY_TOKENS = 128
-"""A longer reply is cut."""
+"""A longer reply is cut, or where replies are labelled before it, left out."""
 QUESTIONS = 4
 """Questions about one memory, one turn each, where the text has so many sentences to ask about."""
 RECENT_TURNS = 8
@@ -296,7 +296,7 @@ class TaskSampler:
         return None
 
     def _replies(self, document: int, cut: int) -> list[int]:
-        """Turns of the assistant, up to `RECENT_TURNS` after the cut, that have a user turn between."""
+        """Numbers of the turns of the assistant, up to `RECENT_TURNS` after the cut, that have a user turn between."""
         turns = self.bank.documents[document].turns
         after = next((i for i, turn in enumerate(turns) if turn[1] >= cut), len(turns))
         return [
@@ -306,6 +306,7 @@ class TaskSampler:
         ]
 
     def _reply(self, rng: np.random.Generator, stage: Stage) -> Sample | None:
+        """The assistant's turns after a cut, every one labelled where the two take turns."""
         if not self._cuts:
             return None
         document, cut = self._cuts[int(rng.integers(len(self._cuts)))]
@@ -315,25 +316,30 @@ class TaskSampler:
         if not units:
             return None
         replies = self._replies(document, cut)
-        reply = replies[int(rng.integers(len(replies)))]
         source = self.bank.documents[document]
         recent = [
             Message("user" if role == "user" else "assistant", source.text[start:end])
             for role, start, end in source.turns
             if start >= cut
         ]
-        count = reply - (len(source.turns) - len(recent))
+        before_recent = len(source.turns) - len(recent)
         chat_format = self.frame.chat_format
+        count = replies[0] - before_recent
         prompt = chat_format.text(recent[:count], add_generation_prompt=True, num_placeholders=1)
         after = prompt.partition(chat_format.memory_token)[2]
-        answer = self.frame.ids(chat_format.clean(recent[count].content))
+        answers = [self.frame.ids(chat_format.clean(recent[reply - before_recent].content)) for reply in replies]
+        turns: list[tuple[str | None, Sequence[int]]] = [(None, answers[0][:REPLY_TOKENS])]
+        for earlier, reply, answer in zip(replies, replies[1:], answers[1:], strict=False):
+            if reply != earlier + 2 or max(len(answers[0]), len(answer)) > REPLY_TOKENS:
+                break
+            turns.append((recent[reply - before_recent - 1].content, answer))
         start = int(self.bank.unit_start_U[units[0]])
         return self._build(
             "reply",
             units,
-            [(None, answer[:REPLY_TOKENS])],
+            turns,
             after=self.frame.ids(after),
-            ends=len(answer) <= REPLY_TOKENS,
+            ends=len(answers[0]) <= REPLY_TOKENS,
             full_text=self._text_ids(document, start, cut),
         )
 
