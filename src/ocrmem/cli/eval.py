@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -62,15 +63,23 @@ def command(
     before = None
     if set(settings.parts) != set(PARTS) and path.exists():
         before = read_file(path)
-    with Progress(console=_stderr(), transient=True) as bars:
+    console = _stderr()
+    lines = None if console.is_terminal else _Lines()
+    with Progress(console=console, transient=True, disable=lines is not None) as bars:
         bar = bars.add_task("", total=None)
+
+        def progress(name: str, done: int, total: int) -> None:
+            bars.update(bar, description=name, completed=done, total=total)
+            if lines is not None:
+                lines(name, done, total)
+
         results = evaluate(
             adapter,
             settings,
             rivals=rivals,
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype),
-            progress=lambda name, done, total: bars.update(bar, description=name, completed=done, total=total),
+            progress=progress,
         )
     whole = results if before is None else merge_results(before, results, source=str(path))
     write_text(path, json.dumps(whole, indent=1) + "\n")
@@ -91,6 +100,19 @@ def command(
                 f"[{gain['low']:.3f}, {gain['high']:.3f}]"
             )
     print(f"results: {path}")
+
+
+class _Lines:
+    """Progress where no terminal is: a line on stderr for each thing done, with its seconds."""
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if done == 0 and total:
+            self.since = time.monotonic()
+        elif done == total:
+            print(f"{name}: {total} in {time.monotonic() - self.since:.1f} s", file=sys.stderr, flush=True)
 
 
 def _stderr():
