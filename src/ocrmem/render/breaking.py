@@ -1,0 +1,100 @@
+"""Where a line may break: the simple rules, vectorised, and Unicode Standard Annex 14 (by uniseg) where it matters.
+
+Annex 14 costs some 50 µs a character in Python, so it is asked only about places that two tables cannot decide: most
+lines of prose end at a space between two letters, or between two ideographs, where its answer is known.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+
+import numpy as np
+from uniseg.linebreak import LineBreak, line_break, line_break_boundaries
+
+from ocrmem.render.fonts import is_wide
+
+BREAKS = "\n\r\v\f\x85\u2028\u2029"
+_CLOSING = frozenset("，。！？、；：）」』】》〉”’…—·,.!?;:)]}%")
+"""Characters before which a line of East Asian text is not broken by the simple rules."""
+OTHER, SPACE, HYPHEN, WIDE, CLOSE, BREAK = range(6)
+"""Classes of the simple rules."""
+WILD, LETTER, BLANK, IDEOGRAPH, POINT, END, JOINED, HARD = range(8)
+"""Classes for Annex 14. WILD: ask it. LETTER: AL, HL, NU. BLANK: the space. IDEOGRAPH: breaks on both sides. POINT:
+holds on to letters on both sides. END: holds on to what is before it. JOINED: a later glyph of the same grapheme
+cluster. HARD: a line break."""
+CONTEXT = 1024
+"""Characters that Annex 14 is shown at most; words of this length do not occur, but lines of joiners do."""
+
+
+def simple_class(character: str) -> int:
+    """Class of a character by the simple rules."""
+    if character in BREAKS:
+        return BREAK
+    if character == "\t" or (unicodedata.category(character) == "Zs" and character not in "\u00a0\u202f\u2007"):
+        return SPACE
+    if character in "-‐–—":
+        return HYPHEN
+    if character in _CLOSING:
+        return CLOSE
+    return WIDE if is_wide(character) else OTHER
+
+
+def annex_class(character: str) -> int:
+    """Class of a character for Annex 14."""
+    if character in BREAKS:
+        return HARD
+    if character == " ":
+        return BLANK
+    if character in ",.;:'\"":
+        return POINT
+    if character in "!?)]}":
+        return END
+    kind = line_break(character)
+    if kind in (LineBreak.AL, LineBreak.HL, LineBreak.NU):
+        return LETTER
+    return IDEOGRAPH if kind == LineBreak.ID and unicodedata.category(character) == "Lo" else WILD
+
+
+def simple_breaks(classes_N: np.ndarray) -> np.ndarray:
+    """int64 numbers of the glyphs before which a line may begin, by the simple rules."""
+    before, after = classes_N[:-1], classes_N[1:]
+    if not (classes_N == WIDE).any():
+        may = (before == SPACE) | (before == BREAK) | ((before == HYPHEN) & (after == OTHER))
+        return np.flatnonzero(may) + 1
+    may = (before == SPACE) | (before == BREAK)
+    may |= (before == HYPHEN) & (after == OTHER)
+    may |= ((before == WIDE) | (before == CLOSE)) & (after == WIDE)
+    may |= (before == WIDE) & (after != CLOSE)
+    may |= (before == OTHER) & (after == WIDE)
+    return np.flatnonzero(may) + 1
+
+
+def annex_breaks(classes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Glyphs before which Annex 14 lets a line begin, or may let it.
+
+    Returns:
+        int64 [K] numbers of glyphs, ascending, and bool [K], whether it is known that the line may begin there.
+    """
+    before, after = classes_N[:-1], classes_N[1:]
+    begins = (after == LETTER) | (after == IDEOGRAPH)
+    # A space after a letter or a point, and a letter after it: rule 18, and no rule before it holds.
+    known = np.zeros(len(before), dtype=bool)
+    ends = (before == LETTER) | (before == IDEOGRAPH) | (before == POINT) | (before == END)
+    known[1:] = ends[:-1] & (before[1:] == BLANK) & begins[1:]
+    known |= (before == IDEOGRAPH) & (after == IDEOGRAPH)
+    known |= before == HARD
+    holds = ((before == LETTER) | (before == POINT)) & ((after == LETTER) | (after == POINT) | (after == END))
+    holds |= (before == IDEOGRAPH) & ((after == POINT) | (after == END))
+    holds |= (before == END) & ((after == POINT) | (after == END))
+    holds |= (after == BLANK) | (after == HARD) | (after == JOINED)
+    holds &= before != HARD
+    known &= after != JOINED
+    places = np.flatnonzero(known | ~holds)
+    return places + 1, known[places]
+
+
+@functools.lru_cache(maxsize=65536)
+def annex_boundaries(text: str) -> tuple[int, ...]:
+    """Offsets in `text` at which Annex 14 lets a line end, the end of the text among them."""
+    return tuple(line_break_boundaries(text))
