@@ -123,8 +123,9 @@ class Atlas:
             for first in range(0, num_lines, LINES_AT_ONCE):
                 part = columns_LW[first : first + LINES_AT_ONCE]
                 # "clip" spares a pass that looks for bad columns; there are none.
-                taken = np.take(strip, part, mode="clip").view(np.uint8).reshape(len(part), width, PIXELS)
-                lines_LHW[first : first + LINES_AT_ONCE, top : top + rows] = taken[:, :, :rows].transpose(0, 2, 1)
+                taken = np.take(strip, part, mode="clip")
+                pixels = taken.view(np.uint8).reshape(len(part), width, PIXELS)
+                lines_LHW[first : first + LINES_AT_ONCE, top : top + rows] = pixels[:, :, :rows].transpose(0, 2, 1)
 
     def _make(self, cluster: str) -> list[tuple[int, int]]:
         if cluster[0] in LINE_BREAKS:

@@ -27,6 +27,9 @@ _ROLE = regex.compile(rf"(?:\A|(?<=\n))(?:{'|'.join(ROLES)}):(?= )")
 RULE_HEIGHT = 2
 """Pixels of the thin line above a role."""
 
+WORKING_SET = 16 << 20
+"""Bytes; a page of 1,280 × 1,280 pixels needs five million."""
+
 
 def page_lines(lines: Iterable[Line], settings: RenderSettings) -> Iterator[list[Line]]:
     """Lines, page by page."""
@@ -43,65 +46,110 @@ def page_lines(lines: Iterable[Line], settings: RenderSettings) -> Iterator[list
         yield page
 
 
-def draw_page(lines: list[Line], *, text: str, start: int, atlas: Atlas, settings: RenderSettings) -> Page:
-    """The page of these lines; `text` is the whole text, of which the page holds what begins at `start`."""
-    height, width = settings.line_height, settings.text_width
-    ids_N, offsets_N, widths_N = _glyphs(lines)
-    atlas.count_missing(ids_N)
-    counts_L = np.array([line.stop - line.first for line in lines], dtype=np.int64)
-    ends_L = np.cumsum(counts_L)
-    order_N = None
-    if any(line.block.right_to_left_N is not None for line in lines):
-        order_N, ids_N = _visual(lines, ids_N, offsets_N, text, atlas)
-        widths_N = widths_N[order_N]
-    columns_N = atlas.starts.take(ids_N)
-    indents_L = np.array([settings.first_indent * line.starts_paragraph for line in lines], dtype=np.int64)
-    if settings.alignment != "left":
-        _align(lines, ends_L, indents_L, widths_N, columns_N, settings, len(text), int(atlas.starts[BLANK]))
-    # Edges on the line. Spaces that hang over the margin are cut there.
-    right_N = np.cumsum(widths_N)
-    begins_L = np.append(0, right_N)[ends_L - counts_L] - indents_L
-    right_N -= np.repeat(begins_L, counts_L)
-    left_N = right_N - widths_N
-    np.minimum(right_N, width, out=right_N)
-    np.minimum(left_N, width, out=left_N)
+class Raster:
+    """Draws pages of fixed settings with the glyphs of one atlas."""
 
-    image_HW = np.full((settings.page_height, settings.page_width), settings.background, dtype=np.uint8)
-    columns_LW = _columns(columns_N, left_N, right_N, ends_L, indents_L, width, int(atlas.starts[BLANK]))
-    area_HW = image_HW[settings.margin_top :, settings.margin_left : settings.margin_left + width]
-    pitch_L = np.array([height + settings.space_after * line.ends_paragraph for line in lines], dtype=np.int64)
-    tops_L = np.cumsum(pitch_L) - pitch_L
-    if settings.space_after:
-        for number, top in enumerate(tops_L.tolist()):
-            atlas.draw(columns_LW[number : number + 1], area_HW[None, top : top + height])
-    else:
-        atlas.draw(columns_LW, area_HW[: len(lines) * height].reshape(len(lines), height, width))
+    def __init__(self, atlas: Atlas, settings: RenderSettings) -> None:
+        self._atlas = atlas
+        self._settings = settings
+        # Half of a page's time would go into page faults of its temporary arrays. glibc keeps freed memory of blocks
+        # as large as the largest that it has seen freed (32 MiB at most), and this one is never touched.
+        np.empty(WORKING_SET, dtype=np.uint8)
 
-    boxes_N4 = np.empty((len(ids_N), 4), dtype=np.int32)
-    places = slice(None) if order_N is None else order_N
-    boxes_N4[places, 0], boxes_N4[places, 2] = left_N + settings.margin_left, right_N + settings.margin_left
-    boxes_N4[:, 1] = np.repeat(tops_L + settings.margin_top, counts_L)
-    boxes_N4[:, 3] = boxes_N4[:, 1] + height
-    end = lines[-1].end
-    if settings.roles != "text":
-        _mark_roles(image_HW, text[start:end], offsets_N - start, boxes_N4, settings)
-    return Page(
-        image_HW=image_HW,
-        text_start=start,
-        text_end=end,
-        num_lines=len(lines),
-        glyph_offsets_N=offsets_N,
-        glyph_boxes_N4=boxes_N4,
-    )
+    def page(self, lines: list[Line], *, text: str, start: int) -> Page:
+        """The page of these lines; `text` is the whole text, of which the page holds what begins at `start`."""
+        settings, atlas, width = self._settings, self._atlas, self._settings.text_width
+        ids_N, offsets_N, widths_N = _glyphs(lines)
+        atlas.count_missing(ids_N)
+        counts_L = np.array([line.stop - line.first for line in lines], dtype=np.int64)
+        ends_L = np.cumsum(counts_L)
+        order_N = None
+        if any(line.block.right_to_left_N is not None for line in lines):
+            order_N, ids_N = _visual(lines, ids_N, offsets_N, text, atlas)
+            widths_N = widths_N[order_N]
+        columns_N = atlas.starts.take(ids_N)
+        indents_L = np.zeros(len(lines), dtype=np.int64)
+        if settings.first_indent:
+            indents_L += [settings.first_indent * line.starts_paragraph for line in lines]
+        if settings.alignment != "left":
+            widths_N = widths_N.copy()
+            _align(lines, ends_L, indents_L, widths_N, columns_N, settings, len(text), int(atlas.starts[BLANK]))
+        # Edges on the line. Spaces that hang over the margin are cut there.
+        right_N = np.cumsum(widths_N)
+        begins_L = np.append(0, right_N)[ends_L - counts_L] - indents_L
+        right_N -= np.repeat(begins_L, counts_L)
+        left_N = right_N - widths_N
+        np.minimum(right_N, width, out=right_N)
+        np.minimum(left_N, width, out=left_N)
+
+        image_HW, tops_L = self._image(lines, self._columns_LW(columns_N, left_N, right_N, ends_L, indents_L))
+        boxes_4N = np.empty((4, len(ids_N)), dtype=np.int32)
+        places = slice(None) if order_N is None else order_N
+        boxes_4N[0, places], boxes_4N[2, places] = left_N, right_N
+        boxes_4N[[0, 2]] += settings.margin_left
+        boxes_4N[1] = np.repeat((tops_L + settings.margin_top).astype(np.int32), counts_L)
+        np.add(boxes_4N[1], settings.line_height, out=boxes_4N[3])
+        end = lines[-1].end
+        if settings.roles != "text":
+            _mark_roles(image_HW, text[start:end], offsets_N - start, boxes_4N.T, settings)
+        return Page(
+            image_HW=image_HW,
+            text_start=start,
+            text_end=end,
+            num_lines=len(lines),
+            glyph_offsets_N=offsets_N,
+            glyph_boxes_N4=boxes_4N.T,
+        )
+
+    def _image(self, lines: list[Line], columns_LW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The page, and the top of each line below the margin, in pixels."""
+        settings, height = self._settings, self._settings.line_height
+        image_HW = np.full((settings.page_height, settings.page_width), settings.background, dtype=np.uint8)
+        left = settings.margin_left
+        area_HW = image_HW[settings.margin_top :, left : left + settings.text_width]
+        tops_L = np.arange(len(lines)) * height
+        if settings.space_after:
+            ended = np.cumsum([line.ends_paragraph for line in lines])
+            tops_L[1:] += ended[:-1] * settings.space_after
+            for number, top in enumerate(tops_L.tolist()):
+                self._atlas.draw(columns_LW[number : number + 1], area_HW[None, top : top + height])
+        else:
+            shape = (len(lines), height, settings.text_width)
+            self._atlas.draw(columns_LW, area_HW[: len(lines) * height].reshape(shape))
+        return image_HW, tops_L
+
+    def _columns_LW(
+        self, columns_N: np.ndarray, left_N: np.ndarray, right_N: np.ndarray, ends_L: np.ndarray, indents_L: np.ndarray
+    ) -> np.ndarray:
+        """int64: the column of the atlas under each pixel column; blank before and after a line's glyphs."""
+        num_lines, width = len(ends_L), self._settings.text_width
+        widths_N = right_N - left_N
+        used_L = np.diff(np.append(0, np.cumsum(widths_N))[ends_L], prepend=0) + indents_L
+        # A line is its indent, its glyphs and the rest: two more items a line, at these places among all items.
+        rests = ends_L + 2 * np.arange(num_lines) + 1
+        indents = np.append(0, rests[:-1] + 1)
+        is_glyph = np.ones(len(columns_N) + 2 * num_lines, dtype=bool)
+        is_glyph[rests] = is_glyph[indents] = False
+        starts = np.full(len(is_glyph), self._atlas.starts[BLANK], dtype=np.int64)
+        lengths = np.empty(len(is_glyph), dtype=np.int64)
+        starts[is_glyph], lengths[is_glyph] = columns_N - left_N, widths_N
+        lengths[rests], lengths[indents] = width - used_L, indents_L
+        columns = np.repeat(starts, lengths).reshape(num_lines, width)
+        columns += np.arange(width)
+        return columns
 
 
 def _glyphs(lines: list[Line]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Glyph ids, offsets and widths of lines, each as one new array."""
+    """Glyph ids, offsets and widths of lines; the offsets are a copy, which keeps no block alive."""
     groups = [list(group) for _, group in groupby(lines, key=lambda line: id(line.block))]
     parts = [(group[0].block, slice(group[0].first, group[-1].stop)) for group in groups]
+    offsets_N = np.concatenate([block.offsets_N[part] for block, part in parts])
+    if len(parts) == 1:
+        block, part = parts[0]
+        return block.glyph_ids_N[part], offsets_N, block.widths_N[part]
     return (
         np.concatenate([block.glyph_ids_N[part] for block, part in parts]),
-        np.concatenate([block.offsets_N[part] for block, part in parts]),
+        offsets_N,
         np.concatenate([block.widths_N[part] for block, part in parts]),
     )
 
@@ -161,34 +209,6 @@ def _align(
                 widths_N[spaces] += spare // len(spaces)
                 widths_N[spaces[: spare % len(spaces)]] += 1
                 columns_N[spaces] = blank
-
-
-def _columns(
-    columns_N: np.ndarray,
-    left_N: np.ndarray,
-    right_N: np.ndarray,
-    ends_L: np.ndarray,
-    indents_L: np.ndarray,
-    width: int,
-    blank: int,
-) -> np.ndarray:
-    """int64 [L, W]: the column of the atlas under each pixel column; blank before and after a line's glyphs."""
-    num_lines = len(ends_L)
-    widths_N = right_N - left_N
-    used_L = np.append(0, np.cumsum(widths_N))[ends_L]
-    used_L = np.diff(used_L, prepend=0) + indents_L
-    # A line is its indent, its glyphs and the rest: two more items a line, at these places among all items.
-    items = np.full(len(columns_N) + 2 * num_lines, blank, dtype=np.int64)
-    lengths = np.empty(len(items), dtype=np.int64)
-    rests = ends_L + 2 * np.arange(num_lines) + 1
-    indents = np.append(0, rests[:-1] + 1)
-    is_glyph = np.ones(len(items), dtype=bool)
-    is_glyph[rests] = is_glyph[indents] = False
-    items[is_glyph], lengths[is_glyph] = columns_N - left_N, widths_N
-    lengths[rests], lengths[indents] = width - used_L, indents_L
-    columns = np.repeat(items, lengths).reshape(num_lines, width)
-    columns += np.arange(width)
-    return columns
 
 
 def _mark_roles(

@@ -25,7 +25,7 @@ from ocrmem.files import write_files
 from ocrmem.render.atlas import Atlas
 from ocrmem.render.fonts import font_digest
 from ocrmem.render.layout import Layout
-from ocrmem.render.raster import draw_page, page_lines
+from ocrmem.render.raster import Raster, page_lines
 from ocrmem.types import Page
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class Renderer:
         self.settings = settings
         self._atlas = Atlas(settings)
         self._layout = Layout(self._atlas, settings)
+        self._raster = Raster(self._atlas, settings)
 
     @property
     def missing(self) -> Counter[str]:
@@ -65,7 +66,7 @@ class Renderer:
         """`pages` one by one, in memory bounded by one page whatever the text's length."""
         before = self.missing.copy()
         for on_page in page_lines(self._layout.lines(text, start=start), self.settings):
-            yield draw_page(on_page, text=text, start=start, atlas=self._atlas, settings=self.settings)
+            yield self._raster.page(on_page, text=text, start=start)
             start = on_page[-1].end
         if counted := self.missing - before:
             self._warn(counted)
