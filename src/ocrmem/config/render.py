@@ -47,8 +47,8 @@ class RenderSettings:
     """`harfbuzz`: letters of Arabic, Indic and other scripts that change beside others are joined; needs the extra
     `ocrmem[shaping]`. `none`: each letter is drawn alone."""
     missing_glyphs: Literal["code", "name"] = "code"
-    """What is drawn for a character that no font has. `code`: a box with its code point. `name`: its Unicode name in
-    brackets, such as [rocket], by the tables of the running Python."""
+    """What is drawn for a character that no font has. `code`: a box with its code point. `name`: for emoji and other
+    symbols the Unicode name in brackets, such as [rocket], by the tables of the running Python; else the box."""
     roles: Literal["text", "rule", "inverse"] = "text"
     """How the role at the start of a turn (`user: `) is set apart. `text`: not at all. `rule`: by a thin line above it.
     `inverse`: light on dark."""

@@ -38,8 +38,8 @@ class Atlas:
 
     The rule for what cannot be seen: zero-width, format and bidi control characters, variation selectors, joiners and
     the byte order mark are not drawn; they belong to the glyph before them. Other controls, lone surrogates, private
-    use and every character that no font has are drawn as a box with the code point, or with
-    `missing_glyphs="name"` as its Unicode name in brackets, and counted in `missing`.
+    use and every character that no font has are drawn as a box with the code point and counted in `missing`; with
+    `missing_glyphs="name"`, emoji and other symbols as their Unicode names in brackets.
     """
 
     def __init__(self, settings: RenderSettings) -> None:
@@ -153,7 +153,8 @@ class Atlas:
         face = self._fonts.face_for(character) if drawable else None
         if face is not None:
             return self._add(self._fonts.draw(face, character))
-        name = unicodedata.name(character, "") if self._settings.missing_glyphs == "name" else ""
+        named = self._settings.missing_glyphs == "name" and unicodedata.category(character) in ("So", "Sm", "Sk", "Sc")
+        name = unicodedata.name(character, "") if named else ""
         glyph = self._add(self._fonts.draw_name(name) if name else self._fonts.draw_box(ord(character)))
         self._boxes[glyph] = character
         return glyph

@@ -10,7 +10,7 @@ Besides the letters of `types`: L lines of the page, W pixels between its margin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import regex
@@ -24,8 +24,8 @@ from ocrmem.types import ROLES, Page
 
 _ROLE = regex.compile(rf"(?:\A|(?<=\n))(?:{'|'.join(ROLES)}):(?= )")
 """A role at the start of a turn, as `memory.history` writes it; looked for in a page's own text alone."""
-RULE_HEIGHT = 2
-"""Pixels of the thin line above a role."""
+RULE_SHARE = 24
+"""The thin line above a role is this fraction of the line's height, and a pixel at least."""
 
 WORKING_SET = 16 << 20
 """Bytes; a page of 1,280 × 1,280 pixels needs five million."""
@@ -166,13 +166,20 @@ def _visual(
         marks = line.block.right_to_left_N
         if marks is None or not marks[line.first : line.stop].any():
             continue
-        last = begin + _inked(line)
-        bases = "".join(text[offset] for offset in offsets_N[begin:last].tolist())
-        order, mirrored = visual_order(bases)
-        order_N[begin:last] = begin + order
-        ids_N[begin:last] = ids_N[begin + order]
-        for place in np.flatnonzero(mirrored).tolist():
-            ids_N[begin + place] = atlas.mirror(int(ids_N[begin + place]), bases[order[place]])
+        # A break that is drawn as a mark ends a paragraph, and each has its own direction.
+        classes = line.block.classes_N[line.first : line.first + _inked(line)]
+        edges = [-1, *np.flatnonzero(classes == BREAK).tolist(), len(classes)]
+        for before, stop in pairwise(edges):
+            part = slice(begin + before + 1, begin + stop)
+            bases = "".join(text[offset] for offset in offsets_N[part].tolist())
+            if not bases:
+                continue
+            order, mirrored = visual_order(bases)
+            order_N[part] = part.start + order
+            ids_N[part] = ids_N[part.start + order]
+            for place in np.flatnonzero(mirrored).tolist():
+                glyph = int(ids_N[part.start + place])
+                ids_N[part.start + place] = atlas.mirror(glyph, bases[order[place]])
     return order_N, ids_N
 
 
@@ -221,7 +228,7 @@ def _mark_roles(
             boxes = boxes_N4[first:stop][boxes_N4[first:stop, 1] == top]
             left, right, bottom = int(boxes[:, 0].min()), int(boxes[:, 2].max()), int(boxes[0, 3])
             if settings.roles == "rule":
-                image_HW[top : top + RULE_HEIGHT, left:right] = settings.foreground
+                image_HW[top : top + max(1, settings.line_height // RULE_SHARE), left:right] = settings.foreground
             else:
                 area = image_HW[top:bottom, left:right]
                 area[...] = np.uint8(settings.foreground) + np.uint8(settings.background) - area
