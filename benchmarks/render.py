@@ -200,7 +200,9 @@ def main() -> None:
         for dpi in (72, 96):
             for name, text, font in (("English", english(), "dejavu-sans"), ("Chinese", chinese(), "noto-sans-sc")):
                 rows.append(
-                    compare(name, text, font, dpi, Path(folder), reference_pages=options.reference_pages, runs=options.runs)
+                    compare(
+                        name, text, font, dpi, Path(folder), reference_pages=options.reference_pages, runs=options.runs
+                    )
                 )
     renderer, text = Renderer(PP_OCR_PAGE), english()
     renderer.pages(text)

@@ -22,7 +22,7 @@ WORDS = (
     "café naïve cafe\u0301 x\u0301 Ελληνικά Привет 中文也要读。 日本語、テキスト ￥100 50% — … · ½ mc² ≥ 3×4 → 한국어 "
     "😀 🚀 👩\u200d🔬 a\u200bb \ufeff \u00ad \u00a0 \tdef \x07 \ue000 \ud800 ---- looooooooooooooooooooooooooooooong, "
     "http://example.org/a?b=c#d £5 'tis #hash @at ~tilde $9 ^ * + _ | \\ ` \" ! ? : ;"
-).split(" ")
+).split(" ")  # noqa: SIM905
 
 
 def held_text(count: int = 3000) -> str:

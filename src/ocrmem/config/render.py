@@ -82,8 +82,8 @@ class RenderSettings:
             raise ConfigError(f"render setting wide_cell_width={self.wide_cell_width} needs cell_width. Set both.")
         if self.cell_width is not None and self.horizontal_scale != 1:
             raise ConfigError(
-                f"render settings cell_width={self.cell_width} and horizontal_scale={self.horizontal_scale} both set the "
-                "width of glyphs. Give one of them."
+                f"render settings cell_width={self.cell_width} and horizontal_scale={self.horizontal_scale} both set "
+                "the width of glyphs. Give one of them."
             )
         if self.lines_per_page < 1:
             raise ConfigError(

@@ -40,7 +40,7 @@ def font_path(name: str) -> Path:
         return path
     raise RenderError(
         f"font {name!r} is neither bundled ({', '.join(BUNDLED)}), nor fetchable ({', '.join(FETCHED)}), nor a file. "
-        "Give one of these names, or the path of a TrueType or OpenType file (of a collection, path#1 is the second font)."
+        "Give one of these names, or the path of a TrueType or OpenType file (path#1: the second font of a collection)."
     )
 
 

@@ -220,11 +220,11 @@ class Layout:
             places, known = annex_breaks(block.annex_classes_N)
         keep = self._settings.line_breaks == "keep"
         forced_places = np.flatnonzero(classes == BREAK) if keep else np.empty(0, dtype=np.int64)
-        forced_places = memoryview(np.append(forced_places, count))
+        forced_places = np.append(forced_places, count).data
         # Single items of a memoryview are read several times faster than those of an array.
-        ends, breaks, offsets = memoryview(np.cumsum(block.widths_N)), memoryview(places), memoryview(block.offsets_N)
+        ends, breaks, offsets = np.cumsum(block.widths_N).data, places.data, block.offsets_N.data
         spaces = (classes == SPACE).tobytes()
-        tabs = memoryview(np.append(np.flatnonzero(block.glyph_ids_N == self._tab_glyph), count))
+        tabs = np.append(np.flatnonzero(block.glyph_ids_N == self._tab_glyph), count).data
         first = 0
         while first < count:
             limit = (ends[first - 1] if first else 0) + width - (self._settings.first_indent if opens else 0)

@@ -11,17 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-
-from PIL import Image
+from collections.abc import Iterable, Iterator
 
 from ocrmem.config.render import LATER_SETTINGS, RenderSettings
-from ocrmem.files import write_files
 from ocrmem.render.atlas import Atlas
 from ocrmem.render.fonts import font_digest
 from ocrmem.render.layout import Layout
@@ -32,6 +27,9 @@ log = logging.getLogger(__name__)
 
 RENDERER_VERSION = 1
 """Raised whenever the same text and settings give other pixels; part of every feature cache key."""
+
+STREAM_PIECE = 1 << 17
+"""Characters of a stream that are laid out at once, at least."""
 
 
 class Renderer:
@@ -64,10 +62,46 @@ class Renderer:
 
     def iter_pages(self, text: str, *, start: int = 0) -> Iterator[Page]:
         """`pages` one by one, in memory bounded by one page whatever the text's length."""
+        yield from self._draw(text, start)
+
+    def iter_stream(self, pieces: Iterable[str]) -> Iterator[Page]:
+        """The pages of all pieces joined, in memory bounded by one piece and one page.
+
+        Args:
+            pieces: a text in parts of any length, such as a file read a million characters at a time.
+        """
+        text, start, base, enough = "", 0, 0, STREAM_PIECE
+        waiting: list[str] = []
+        size = 0
+        for piece in pieces:
+            waiting.append(piece)
+            size += len(piece)
+            if size < enough:
+                continue
+            text, size = text + "".join(waiting), 0
+            waiting.clear()
+            enough *= 2  # while no page is full, so that no text is laid out more than twice
+            # The last page waits for more text, which may change it.
+            for page in self._draw(text, start, finished=False):
+                yield _moved(page, base)
+                start, enough = page.text_end, STREAM_PIECE
+            # One character in front of the next page stays: a paragraph begins after a line break.
+            kept = max(0, start - 1)
+            text, start, base = text[kept:], start - kept, base + kept
+        for page in self._draw(text + "".join(waiting), start):
+            yield _moved(page, base)
+
+    def _draw(self, text: str, start: int, *, finished: bool = True) -> Iterator[Page]:
+        """Pages from `start`, without the last where the text goes on."""
         before = self.missing.copy()
+        waiting = None
         for on_page in page_lines(self._layout.lines(text, start=start), self.settings):
-            yield self._raster.page(on_page, text=text, start=start)
-            start = on_page[-1].end
+            if waiting is not None:
+                yield self._raster.page(waiting, text=text, start=start)
+                start = waiting[-1].end
+            waiting = on_page
+        if finished and waiting is not None:
+            yield self._raster.page(waiting, text=text, start=start)
         if counted := self.missing - before:
             self._warn(counted)
 
@@ -83,6 +117,16 @@ class Renderer:
         )
 
 
+def _moved(page: Page, distance: int) -> Page:
+    """The same page of a text that has `distance` characters more in front."""
+    return dataclasses.replace(
+        page,
+        text_start=page.text_start + distance,
+        text_end=page.text_end + distance,
+        glyph_offsets_N=page.glyph_offsets_N + distance,
+    )
+
+
 def render_identity(settings: RenderSettings) -> str:
     """Hex digest of everything that decides the pixels of a text: settings, font files, renderer version."""
     fonts = [font_digest(name) for name in (settings.font, *settings.fallback_fonts)]
@@ -94,10 +138,3 @@ def render_identity(settings: RenderSettings) -> str:
     }
     values = [RENDERER_VERSION, given, fonts]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def save_png(page: Page, path: Path) -> None:
-    """Write a page as a grey PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    Image.fromarray(page.image_HW).save(buffer, format="png")
-    write_files(path.parent, {path.name: lambda temporary: temporary.write_bytes(buffer.getvalue())})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import regex
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
     from ocrmem.render.fonts import Face, FontSet
 
 _SCRIPTS = (
-    "Arabic Syriac Nko Mongolian Mandaic Adlam Hanifi_Rohingya Devanagari Bengali Gurmukhi Gujarati Oriya Tamil Telugu "
-    "Kannada Malayalam Sinhala Myanmar Khmer Tibetan Lao Thai Javanese Balinese"
-).split()
+    "Arabic", "Syriac", "Nko", "Mongolian", "Mandaic", "Adlam", "Hanifi_Rohingya", "Devanagari", "Bengali", "Gurmukhi",
+    "Gujarati", "Oriya", "Tamil", "Telugu", "Kannada", "Malayalam", "Sinhala", "Myanmar", "Khmer", "Tibetan", "Lao",
+    "Thai", "Javanese", "Balinese",
+)  # fmt: skip
 _LETTERS = "".join("\\p{Script=" + name + "}" for name in _SCRIPTS)
 JOINING = regex.compile("(?:[" + _LETTERS + r"][\p{M}\u200c\u200d]*)+")
 """Words of scripts whose letters join or stack."""
@@ -31,13 +33,12 @@ class Shaper:
 
     def __init__(self, fonts: FontSet, settings: RenderSettings) -> None:
         try:
-            import uharfbuzz
+            self._library: Any = importlib.import_module("uharfbuzz")
         except ImportError:
             raise RenderError(
                 "render setting shaping='harfbuzz' needs the package uharfbuzz. Install it with "
                 "`pip install 'ocrmem[shaping]'`, or set shaping=none."
             ) from None
-        self._library = uharfbuzz
         self._fonts = fonts
         self._settings = settings
         self._opened: dict[str, object] = {}
@@ -90,6 +91,3 @@ class Shaper:
             font.scale = (face.size * 64, face.size * 64)
             self._opened[face.name] = font
         return self._opened[face.name]
-
-
-
