@@ -17,12 +17,13 @@ PRESETS = {
     "pp-ocr-keep": dataclasses.replace(PP_OCR_PAGE, line_breaks="keep"),
     "deepseek-1024": deepseek_ocr_page(1024),
 }
-WORDS = (
+KINDS = (
     "user: assistant: the of well-known e-mail 0x9f3c21 349.50 (paren) [x] {y} path/to/file.py a=b; don't “quoted” "
     "café naïve cafe\u0301 x\u0301 Ελληνικά Привет 中文也要读。 日本語、テキスト ￥100 50% — … · ½ mc² ≥ 3×4 → 한국어 "
     "😀 🚀 👩\u200d🔬 a\u200bb \ufeff \u00ad \u00a0 \tdef \x07 \ue000 \ud800 ---- looooooooooooooooooooooooooooooong, "
     "http://example.org/a?b=c#d £5 'tis #hash @at ~tilde $9 ^ * + _ | \\ ` \" ! ? : ;"
-).split(" ")  # noqa: SIM905
+)
+WORDS = KINDS.split(" ")
 
 
 def held_text(count: int = 3000) -> str:

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ocrmem.config.loader import from_mapping
 from ocrmem.config.render import RenderSettings
 from ocrmem.data.texts import read_texts
 from ocrmem.encoders.base import OCREncoder
+from ocrmem.encoders.pp_ocr import PPOCREncoder
 from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import ConfigError
 from ocrmem.evaluation.chinese_sample import CHINESE
@@ -86,7 +87,7 @@ def measure(
     """Draw texts with an encoder's page settings and let its OCR head read them.
 
     Args:
-        encoder: with `read_lines`, such as `PPOCREncoder`, and its weights.
+        encoder: one with an OCR head and its weights: `PPOCREncoder`.
         texts: text by name.
         tried: settings by which the results shall be known.
         max_pages: pages read of each text.
@@ -94,9 +95,7 @@ def measure(
     Raises:
         ConfigError: the encoder has no OCR head.
     """
-    read_lines = getattr(encoder, "read_lines", None)
-    if read_lines is None:
-        raise ConfigError(f"encoder {encoder.name!r} has no OCR head to read pages with. Use pp-ocr.")
+    read_lines = _reader(encoder)
     renderer = Renderer(encoder.page)
     found = []
     for name, text in texts.items():
@@ -153,7 +152,8 @@ def tune(
         grid: values to try, by page setting.
         max_pages: pages read of each text.
     """
-    preset = build_encoder(base, load_weights=False, device="meta").page
+    empty = build_encoder(base, load_weights=False, device="meta")
+    preset, _ = empty.page, _reader(empty)
     for values in itertools.product(*grid.values()):
         tried = dict(zip(grid, values, strict=True))
         page = from_mapping(RenderSettings, {**dataclasses.asdict(preset), **tried}, where="page")
@@ -193,6 +193,12 @@ def as_json(results: Sequence[Legibility]) -> str:
         for r in results
     ]
     return json.dumps(rounded, indent=1, ensure_ascii=False)
+
+
+def _reader(encoder: OCREncoder) -> Callable[[torch.Tensor], list[list[str]]]:
+    if not isinstance(encoder, PPOCREncoder):
+        raise ConfigError(f"encoder {encoder.name!r} has no OCR head to read pages with. Use pp-ocr.")
+    return encoder.read_lines
 
 
 def _compared(line: str) -> str:

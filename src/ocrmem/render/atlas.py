@@ -48,6 +48,7 @@ class Atlas:
         self._shaper = Shaper(self._fonts, settings) if settings.shaping == "harfbuzz" else None
         self.missing: Counter[str] = Counter()
         self._ids: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._singles: dict[str, int] = {}
         self._mirrors: dict[int, int] = {}
         self._bands = -(-settings.line_height // PIXELS)
         self._strip = np.full((self._bands, 4096, PIXELS), settings.background, dtype=np.uint8)
@@ -149,6 +150,11 @@ class Atlas:
         )
 
     def _single(self, character: str) -> int:
+        if character not in self._singles:
+            self._singles[character] = self._draw_single(character)
+        return self._singles[character]
+
+    def _draw_single(self, character: str) -> int:
         drawable = unicodedata.category(character) not in ("Cc", "Cs")
         face = self._fonts.face_for(character) if drawable else None
         if face is not None:
