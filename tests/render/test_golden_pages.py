@@ -7,6 +7,7 @@ import random
 import pytest
 
 from ocrmem.config.render import PP_OCR_PAGE, RenderSettings, deepseek_ocr_page
+from ocrmem.render import raster
 from ocrmem.render.renderer import Renderer, render_identity
 
 TWO_X = dataclasses.replace(PP_OCR_PAGE, page_width=1536, page_height=384, cell_width=11)
@@ -61,6 +62,13 @@ def digest(settings: RenderSettings, text: str) -> str:
         for array, kind in ((page.image_HW, "u1"), (page.glyph_offsets_N, "<i8"), (page.glyph_boxes_N4, "<i4")):
             total.update(f"{array.shape}".encode() + array.astype(kind).tobytes())
     return total.hexdigest()
+
+
+@pytest.fixture(params=["as built", "numpy alone"], autouse=True)
+def way_to_draw(request, monkeypatch):
+    """Pages are the same with the compiled extension, where it was built, and without."""
+    if request.param == "numpy alone":
+        monkeypatch.setattr(raster, "_blit", None)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -56,6 +56,9 @@ class Atlas:
         self._starts = np.zeros(256, dtype=np.int64)
         self._widths = np.zeros(256, dtype=np.int64)
         self._count = 0
+        self._pixels = np.zeros(1 << 16, dtype=np.uint8)
+        self._pixels_used = 0
+        self._places = np.zeros((256, 2), dtype=np.int64)
         self._boxes: dict[int, str] = {}
         mark = np.zeros((settings.line_height, 0), dtype=np.uint8)
         if settings.line_breaks == "mark":
@@ -109,6 +112,16 @@ class Atlas:
     def starts(self) -> np.ndarray:
         """int64 first column of each glyph in the strip, by glyph id."""
         return self._starts[: self._count]
+
+    @property
+    def places(self) -> np.ndarray:
+        """int64 [glyphs, 2]: where each glyph's pixels begin in `pixels`, and its width there."""
+        return self._places[: self._count]
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """uint8: every glyph's pixels row by row, one after the other, and `PIXELS` more at the end."""
+        return self._pixels
 
     def draw(self, columns_LW: np.ndarray, lines_LHW: np.ndarray) -> None:
         """Write columns of the strip into lines of a page, in place.
@@ -176,12 +189,18 @@ class Atlas:
             self._strip = np.concatenate([self._strip, np.full_like(self._strip, settings.background)], axis=1)
         if self._count == len(self._starts):
             self._starts, self._widths = (np.append(a, np.zeros_like(a)) for a in (self._starts, self._widths))
+            self._places = np.concatenate([self._places, np.zeros_like(self._places)])
         contrast = (settings.foreground - settings.background) / 255
         pixels = np.rint(settings.background + coverage * contrast).astype(np.uint8)
         padded = np.full((self._bands * PIXELS, width), settings.background, dtype=np.uint8)
         padded[: len(pixels)] = pixels
         self._strip[:, self._used : self._used + width] = padded.reshape(self._bands, PIXELS, width).transpose(0, 2, 1)
         self._starts[self._count], self._widths[self._count] = self._used, width
+        while self._pixels_used + pixels.size + PIXELS > len(self._pixels):
+            self._pixels = np.concatenate([self._pixels, np.zeros_like(self._pixels)])
+        self._pixels[self._pixels_used : self._pixels_used + pixels.size] = pixels.ravel()
+        self._places[self._count] = self._pixels_used, width
+        self._pixels_used += pixels.size
         self._used += width
         self._count += 1
         return self._count - 1

@@ -19,10 +19,10 @@ _CLOSING = frozenset("，。！？、；：）」』】》〉”’…—·,.!?;
 """Characters before which a line of East Asian text is not broken by the simple rules."""
 OTHER, SPACE, HYPHEN, WIDE, CLOSE, BREAK = range(6)
 """Classes of the simple rules."""
-WILD, LETTER, BLANK, IDEOGRAPH, POINT, END, JOINED, HARD = range(8)
+WILD, LETTER, BLANK, IDEOGRAPH, POINT, END, JOINED, HARD, WIDE_END = range(9)
 """Classes for Annex 14. WILD: ask it. LETTER: AL, HL, NU. BLANK: the space. IDEOGRAPH: breaks on both sides. POINT:
 holds on to letters on both sides. END: holds on to what is before it. JOINED: a later glyph of the same grapheme
-cluster. HARD: a line break."""
+cluster. HARD: a line break. WIDE_END: holds on to what is before it, and an ideograph may begin a line after it."""
 CONTEXT = 1024
 """Characters that Annex 14 is shown at most; words of this length do not occur, but lines of joiners do."""
 
@@ -50,6 +50,8 @@ def annex_class(character: str) -> int:
         return POINT
     if character in "!?)]}":
         return END
+    if character in "，。、；：！？":
+        return WIDE_END
     kind = line_break(character)
     if kind in (LineBreak.AL, LineBreak.HL, LineBreak.NU):
         return LETTER
@@ -76,22 +78,38 @@ def annex_breaks(classes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         int64 [K] numbers of glyphs, ascending, and bool [K], whether it is known that the line may begin there.
     """
-    before, after = classes_N[:-1], classes_N[1:]
-    begins = (after == LETTER) | (after == IDEOGRAPH)
+    pairs = classes_N[:-1] << 4 | classes_N[1:]
+    decisions = np.frombuffer(bytearray(pairs.tobytes().translate(_DECISIONS)), dtype=np.uint8)
+    after_spaces = np.flatnonzero(decisions == _SPACED)
     # A space after a letter or a point, and a letter after it: rule 18, and no rule before it holds.
-    known = np.zeros(len(before), dtype=bool)
-    ends = (before == LETTER) | (before == IDEOGRAPH) | (before == POINT) | (before == END)
-    known[1:] = ends[:-1] & (before[1:] == BLANK) & begins[1:]
-    known |= (before == IDEOGRAPH) & (after == IDEOGRAPH)
-    known |= before == HARD
-    holds = ((before == LETTER) | (before == POINT)) & ((after == LETTER) | (after == POINT) | (after == END))
-    holds |= (before == IDEOGRAPH) & ((after == POINT) | (after == END))
-    holds |= (before == END) & ((after == POINT) | (after == END))
-    holds |= (after == BLANK) | (after == HARD) | (after == JOINED)
-    holds &= before != HARD
-    known &= after != JOINED
-    places = np.flatnonzero(known | ~holds)
-    return places + 1, known[places]
+    before_N = classes_N[np.maximum(after_spaces - 1, 0)]
+    known = _ENDS_WORDS[before_N] & (after_spaces > 0)
+    decisions[after_spaces] = np.where(known, _KNOWN, _ASK)
+    places = np.flatnonzero(decisions != _HOLDS)
+    return places + 1, decisions[places] == _KNOWN
+
+
+def _decide() -> bytes:
+    """The decision for every pair of classes, as a table for `bytes.translate`."""
+    before, after = np.divmod(np.arange(256), 16)
+    begins = (after == LETTER) | (after == IDEOGRAPH)
+    ends = (after == POINT) | (after == END)
+    holds = ((before == LETTER) | (before == POINT)) & ((after == LETTER) | ends)
+    holds |= ((before == IDEOGRAPH) | (before == END)) & ends
+    holds |= ((before == LETTER) | (before == IDEOGRAPH) | (before == WIDE_END)) & (after == WIDE_END)
+    holds |= (after == BLANK) | (after == HARD)
+    decisions = np.where(holds, _HOLDS, _ASK)
+    decisions[(before == BLANK) & begins] = _SPACED
+    decisions[((before == IDEOGRAPH) | (before == WIDE_END)) & (after == IDEOGRAPH)] = _KNOWN
+    decisions[before == HARD] = _KNOWN
+    decisions[after == JOINED] = _HOLDS
+    return bytes(decisions.tolist())
+
+
+_HOLDS, _ASK, _KNOWN, _SPACED = range(4)
+_ENDS_WORDS = np.isin(np.arange(9), (LETTER, IDEOGRAPH, POINT, END, WIDE_END))
+"""Classes after which a space is a place to break, whatever comes before them."""
+_DECISIONS = _decide()
 
 
 @functools.lru_cache(maxsize=65536)

@@ -19,7 +19,7 @@ import numpy as np
 import regex
 
 from ocrmem.config.render import RenderSettings
-from ocrmem.render.atlas import ZERO_WIDTH, Atlas
+from ocrmem.render.atlas import INVISIBLE, ZERO_WIDTH, Atlas
 from ocrmem.render.bidi import runs_right_to_left
 from ocrmem.render.breaking import (
     BREAK,
@@ -47,6 +47,8 @@ _COMPLEX = regex.compile(
 _CLUSTER = regex.compile(r"\X")
 _WORD = regex.compile(rf"{JOINING.pattern}|\X")
 _UNKNOWN, _SIMPLE, _CLUSTERED, _JOINING = range(4)
+_KIND, _CLASS, _ANNEX, _RIGHT_TO_LEFT = range(4)
+"""Columns of the table of facts about characters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,17 +93,15 @@ class Layout:
         self._settings = settings
         self._unicode = settings.layout == "unicode"
         # Tables by code point, filled when a character first occurs; zeros of this size cost nothing until touched.
-        self._kind = np.zeros(NUM_CODES, dtype=np.uint8)
         self._glyph = np.zeros(NUM_CODES, dtype=np.int64)
-        self._class = np.zeros(NUM_CODES, dtype=np.uint8)
-        self._annex_class = np.zeros(NUM_CODES, dtype=np.uint8)
-        self._right_to_left = np.zeros(NUM_CODES, dtype=bool)
+        self._facts = np.zeros((NUM_CODES, 4), dtype=np.uint8)
+        self._ascii_simple = b""
         self._tab_glyph = atlas.glyphs("\t")[0][0] if self._unicode else -1
         self._tab_width = int(atlas.widths[self._tab_glyph])
 
     def lines(self, text: str, *, start: int) -> Iterator[Line]:
         """The lines of `text` from the character `start`, in order."""
-        chunk, opens = CHUNK, start == 0 or text[start - 1] in BREAKS
+        chunk, opens = CHUNK, self._opens(text, start)
         while start < len(text):
             end = min(len(text), start + chunk)
             lines = list(self._break_lines(self._block(text[start:end], start), end, opens))
@@ -114,43 +114,67 @@ class Layout:
             yield from lines
             start, opens = lines[-1].end, lines[-1].ends_paragraph
 
+    def _opens(self, text: str, start: int) -> bool:
+        """Whether a paragraph begins at `start`."""
+        while start > 0 and INVISIBLE.match(text[start - 1]):
+            start -= 1
+        return start == 0 or (self._settings.line_breaks == "keep" and text[start - 1] in BREAKS)
+
     def _block(self, text: str, start: int) -> Block:
         """The glyphs of a piece of the source text."""
-        if text.isascii():
-            codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
-        else:
-            codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        kinds = self._kind.take(codes)
-        if not kinds.all():
-            self._learn(np.unique(codes[kinds == _UNKNOWN]))
-            kinds = self._kind.take(codes)
-        ids, classes = self._glyph.take(codes), self._class.take(codes)
-        annex = self._annex_class.take(codes) if self._unicode else None
+        if text.isascii() and not (raw := text.encode("ascii")).translate(None, self._ascii_simple):
+            return self._ascii_block(raw, text, start)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.intp)
+        facts = self._facts_of(codes)
+        if not facts[_KIND].all():
+            self._learn(np.unique(codes[facts[_KIND] == _UNKNOWN]))
+            facts = self._facts_of(codes)
+        kinds, classes, ids = facts[_KIND], facts[_CLASS], self._glyph.take(codes)
+        annex = facts[_ANNEX] if self._unicode else None
         offsets = np.arange(start, start + len(text), dtype=np.int64)
         if (kinds != _SIMPLE).any():
             ids, offsets, classes, annex = self._clustered(text, start, kinds, ids, offsets, classes, annex)
         right_to_left = None
-        if self._unicode and not text.isascii():
-            right_to_left = self._right_to_left[codes[offsets - start]]
-            right_to_left = right_to_left if right_to_left.any() else None
+        if self._unicode:
+            marks = facts[_RIGHT_TO_LEFT]
+            if marks.any():
+                right_to_left = marks[offsets - start] == 1
         widths = self._atlas.widths.take(ids)
         return Block(ids, offsets, widths, classes, annex, right_to_left, text, start)
+
+    def _facts_of(self, codes: np.ndarray) -> np.ndarray:
+        """uint8 [4, N]: what is known of each character; one look-up of four bytes, then a row for each of them."""
+        four = self._facts.view(np.uint32)[:, 0].take(codes)
+        return np.ascontiguousarray(four.view(np.uint8).reshape(len(codes), 4).T)
+
+    def _ascii_block(self, raw: bytes, text: str, start: int) -> Block:
+        """The glyphs of characters that are known, and each a glyph by itself: tables of bytes, the common case."""
+        ids = self._glyph[:256].take(np.frombuffer(raw, dtype=np.uint8))
+        classes = np.frombuffer(raw.translate(self._facts[:256, _CLASS].tobytes()), dtype=np.uint8)
+        annex = None
+        if self._unicode:
+            annex = np.frombuffer(raw.translate(self._facts[:256, _ANNEX].tobytes()), dtype=np.uint8)
+        offsets = np.arange(start, start + len(text), dtype=np.int64)
+        return Block(ids, offsets, self._atlas.widths.take(ids), classes, annex, None, text, start)
 
     def _learn(self, codes: np.ndarray) -> None:
         """Fill the tables for characters that have not occurred yet."""
         for code in codes.tolist():
             character = chr(code)
-            self._class[code] = simple_class(character)
+            facts = self._facts[code]
+            facts[_CLASS] = simple_class(character)
             if self._unicode:
-                self._annex_class[code] = annex_class(character)
-                self._right_to_left[code] = runs_right_to_left(character)
+                facts[_ANNEX] = annex_class(character)
+                facts[_RIGHT_TO_LEFT] = runs_right_to_left(character)
             if self._settings.shaping != "none" and JOINING.match(character):
-                self._kind[code] = _JOINING
+                facts[_KIND] = _JOINING
             elif _COMPLEX.match(character) or _joins(character):
-                self._kind[code] = _CLUSTERED
+                facts[_KIND] = _CLUSTERED
             else:
-                self._kind[code] = _SIMPLE
+                facts[_KIND] = _SIMPLE
                 self._glyph[code] = self._atlas.glyphs(character)[0][0]
+                if code < 128:
+                    self._ascii_simple += bytes([code])
 
     def _clustered(
         self,
@@ -218,28 +242,37 @@ class Layout:
             places = simple_breaks(classes)
         else:
             places, known = annex_breaks(block.annex_classes_N)
-        keep = self._settings.line_breaks == "keep"
-        forced_places = np.flatnonzero(classes == BREAK) if keep else np.empty(0, dtype=np.int64)
-        forced_places = np.append(forced_places, count).data
+        keep, indent = self._settings.line_breaks == "keep", self._settings.first_indent
+        is_break = classes == BREAK
+        forced_places = np.append(np.flatnonzero(is_break) if keep else np.empty(0, dtype=np.int64), count).data
         # Single items of a memoryview are read several times faster than those of an array.
         ends, breaks, offsets = np.cumsum(block.widths_N).data, places.data, block.offsets_N.data
-        spaces = (classes == SPACE).tobytes()
+        spaces, hard = (classes == SPACE).tobytes(), is_break.tobytes()
         tabs = np.append(np.flatnonzero(block.glyph_ids_N == self._tab_glyph), count).data
+        next_tab, next_forced = tabs[0], forced_places[0]
+        known_places = None if known is None else known.tobytes()
         first = 0
         while first < count:
-            limit = (ends[first - 1] if first else 0) + width - (self._settings.first_indent if opens else 0)
+            limit = (ends[first - 1] if first else 0) + width - (indent if opens else 0)
             fits = bisect_right(ends, limit, first)
-            if tabs[bisect_left(tabs, first)] < fits:
-                fits = self._set_tabs(block, ends, tabs, first, limit)
-            stop = max(fits, first + 1)
+            if next_tab < fits:
+                next_tab = tabs[bisect_left(tabs, first)]
+                if next_tab < fits:
+                    fits = self._set_tabs(block, ends, tabs, first, limit)
+            stop = fits if fits > first else first + 1
             while stop < count and spaces[stop]:
                 stop += 1  # spaces at the end of a line hang over the margin
-            forced = forced_places[bisect_left(forced_places, first)]
-            if forced < stop:
-                stop = forced + 1
+            if next_forced < first:
+                next_forced = forced_places[bisect_left(forced_places, first)]
+            if next_forced < stop:
+                stop = next_forced + 1
             elif stop < count:
-                stop = self._last_break(block, breaks, known, first, stop)
-            ends_paragraph = keep and bool(classes[stop - 1] == BREAK)
+                number = bisect_right(breaks, stop) - 1
+                if number >= 0 and breaks[number] > first and (known_places is None or known_places[number]):
+                    stop = breaks[number]
+                elif known_places is not None:
+                    stop = self._annex_break(block, breaks, known_places, number, first, stop)
+            ends_paragraph = keep and hard[stop - 1] == 1
             end = offsets[stop] if stop < count else text_end
             yield Line(block, first, stop, offsets[first], end, opens, ends_paragraph)
             first, opens = stop, ends_paragraph
@@ -257,14 +290,14 @@ class Layout:
             tab += 1
         return fits
 
-    def _last_break(self, block: Block, breaks: memoryview, known: np.ndarray | None, first: int, stop: int) -> int:
-        """The last glyph, `stop` at most, before which the next line may begin; `stop` where there is none."""
-        number = bisect_right(breaks, stop) - 1
-        if number < 0 or breaks[number] <= first:
-            base = first
-        elif known is None or known[number]:
-            return breaks[number]
-        else:
+    def _annex_break(self, block: Block, breaks: memoryview, known: bytes, number: int, first: int, stop: int) -> int:
+        """The last glyph, `stop` at most, before which Annex 14 lets the next line begin; where there is none, `stop`,
+        or the start of its grapheme cluster.
+
+        `number` is that of the last place in `breaks` that is not after `stop`.
+        """
+        base = first
+        if number >= 0 and breaks[number] > first:
             while number >= 0 and breaks[number] > first and not known[number]:
                 number -= 1
             base = max(first, breaks[number] if number >= 0 else first)
@@ -273,9 +306,10 @@ class Layout:
         if base > first:
             return base
         classes = block.annex_classes_N
+        assert classes is not None
         whole = stop
-        while classes is not None and whole > first and classes[whole] == JOINED:
-            whole -= 1  # a grapheme cluster stays whole
+        while whole > first and classes[whole] == JOINED:
+            whole -= 1
         return whole if whole > first else stop
 
     def _ask(self, block: Block, base: int, stop: int) -> int | None:

@@ -1,8 +1,11 @@
 """Raster: the lines of a page to pixels and to its character map.
 
 ```
-lines ─▶ glyphs of the page, one array ─▶ edges on the line ─▶ a column of the atlas for each pixel column ─▶ gather
+lines ─▶ glyphs of the page, one array ─┬─▶ _blit.c: a copy for each glyph
+                                        └─▶ edges on the line ─▶ a column of the atlas for each pixel column ─▶ gather
 ```
+
+The second way is numpy alone, for machines without a compiler, and gives the same bytes.
 
 Besides the letters of `types`: L lines of the page, W pixels between its margins.
 """
@@ -21,6 +24,11 @@ from ocrmem.render.bidi import visual_order
 from ocrmem.render.breaking import BREAK, SPACE
 from ocrmem.render.layout import Line
 from ocrmem.types import ROLES, Page
+
+try:
+    from ocrmem.render import _blit  # type: ignore[attr-defined]
+except ImportError:  # built where there is a compiler; see pyproject.toml
+    _blit = None
 
 _ROLE = regex.compile(rf"(?:\A|(?<=\n))(?:{'|'.join(ROLES)}):(?= )")
 """A role at the start of a turn, as `memory.history` writes it; looked for in a page's own text alone."""
@@ -58,7 +66,7 @@ class Raster:
 
     def page(self, lines: list[Line], *, text: str, start: int) -> Page:
         """The page of these lines; `text` is the whole text, of which the page holds what begins at `start`."""
-        settings, atlas, width = self._settings, self._atlas, self._settings.text_width
+        settings, atlas = self._settings, self._atlas
         ids_N, offsets_N, widths_N = _glyphs(lines)
         atlas.count_missing(ids_N)
         counts_L = np.array([line.stop - line.first for line in lines], dtype=np.int64)
@@ -67,28 +75,23 @@ class Raster:
         if any(line.block.right_to_left_N is not None for line in lines):
             order_N, ids_N = _visual(lines, ids_N, offsets_N, text, atlas)
             widths_N = widths_N[order_N]
-        columns_N = atlas.starts.take(ids_N)
         indents_L = np.zeros(len(lines), dtype=np.int64)
         if settings.first_indent:
             indents_L += [settings.first_indent * line.starts_paragraph for line in lines]
         if settings.alignment != "left":
-            widths_N = widths_N.copy()
-            _align(lines, ends_L, indents_L, widths_N, columns_N, settings, len(text), int(atlas.starts[BLANK]))
-        # Edges on the line. Spaces that hang over the margin are cut there.
-        right_N = np.cumsum(widths_N)
-        begins_L = np.append(0, right_N)[ends_L - counts_L] - indents_L
-        right_N -= np.repeat(begins_L, counts_L)
-        left_N = right_N - widths_N
-        np.minimum(right_N, width, out=right_N)
-        np.minimum(left_N, width, out=left_N)
+            ids_N, widths_N = ids_N.copy(), widths_N.copy()
+            _align(lines, ends_L, indents_L, ids_N, widths_N, settings, len(text))
+        tops_L = settings.margin_top + np.arange(len(lines)) * settings.line_height
+        if settings.space_after:
+            tops_L[1:] += settings.space_after * np.cumsum([line.ends_paragraph for line in lines])[:-1]
 
-        image_HW, tops_L = self._image(lines, self._columns_LW(columns_N, left_N, right_N, ends_L, indents_L))
+        image_HW = np.full((settings.page_height, settings.page_width), settings.background, dtype=np.uint8)
         boxes_4N = np.empty((4, len(ids_N)), dtype=np.int32)
-        places = slice(None) if order_N is None else order_N
-        boxes_4N[0, places], boxes_4N[2, places] = left_N, right_N
-        boxes_4N[[0, 2]] += settings.margin_left
-        boxes_4N[1] = np.repeat((tops_L + settings.margin_top).astype(np.int32), counts_L)
-        np.add(boxes_4N[1], settings.line_height, out=boxes_4N[3])
+        draw = self._draw_with_numpy if _blit is None else self._draw_natively
+        draw(image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N)
+        if order_N is not None:
+            visual_4N, boxes_4N = boxes_4N, np.empty_like(boxes_4N)
+            boxes_4N[:, order_N] = visual_4N
         end = lines[-1].end
         if settings.roles != "text":
             _mark_roles(image_HW, text[start:end], offsets_N - start, boxes_4N.T, settings)
@@ -101,22 +104,57 @@ class Raster:
             glyph_boxes_N4=boxes_4N.T,
         )
 
-    def _image(self, lines: list[Line], columns_LW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The page, and the top of each line below the margin, in pixels."""
-        settings, height = self._settings, self._settings.line_height
-        image_HW = np.full((settings.page_height, settings.page_width), settings.background, dtype=np.uint8)
-        left = settings.margin_left
-        area_HW = image_HW[settings.margin_top :, left : left + settings.text_width]
-        tops_L = np.arange(len(lines)) * height
+    def _draw_natively(
+        self,
+        image_HW: np.ndarray,
+        boxes_4N: np.ndarray,
+        ends_L: np.ndarray,
+        indents_L: np.ndarray,
+        tops_L: np.ndarray,
+        ids_N: np.ndarray,
+        widths_N: np.ndarray,
+    ) -> None:
+        """Write the pixels and the boxes of a page, glyphs from left to right, with the compiled extension."""
+        settings, atlas = self._settings, self._atlas
+        assert _blit is not None
+        _blit.draw(
+            image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N, atlas.places, atlas.pixels,
+            settings.page_width, settings.line_height, settings.margin_left,
+            settings.margin_left + settings.text_width, settings.background,
+        )  # fmt: skip
+
+    def _draw_with_numpy(
+        self,
+        image_HW: np.ndarray,
+        boxes_4N: np.ndarray,
+        ends_L: np.ndarray,
+        indents_L: np.ndarray,
+        tops_L: np.ndarray,
+        ids_N: np.ndarray,
+        widths_N: np.ndarray,
+    ) -> None:
+        """The same where there is no extension."""
+        settings, width, height = self._settings, self._settings.text_width, self._settings.line_height
+        counts_L = np.diff(ends_L, prepend=0)
+        # Edges on the line. Spaces that hang over the margin are cut there.
+        right_N = np.cumsum(widths_N)
+        begins_L = np.append(0, right_N)[ends_L - counts_L] - indents_L
+        right_N -= np.repeat(begins_L, counts_L)
+        left_N = np.minimum(right_N - widths_N, width)
+        np.minimum(right_N, width, out=right_N)
+        boxes_4N[0], boxes_4N[2] = left_N + settings.margin_left, right_N + settings.margin_left
+        boxes_4N[1] = np.repeat(tops_L, counts_L)
+        boxes_4N[3] = boxes_4N[1] + height
+
+        columns_LW = self._columns_LW(self._atlas.starts.take(ids_N), left_N, right_N, ends_L, indents_L)
+        area_HW = image_HW[:, settings.margin_left : settings.margin_left + width]
         if settings.space_after:
-            ended = np.cumsum([line.ends_paragraph for line in lines])
-            tops_L[1:] += ended[:-1] * settings.space_after
             for number, top in enumerate(tops_L.tolist()):
                 self._atlas.draw(columns_LW[number : number + 1], area_HW[None, top : top + height])
         else:
-            shape = (len(lines), height, settings.text_width)
-            self._atlas.draw(columns_LW, area_HW[: len(lines) * height].reshape(shape))
-        return image_HW, tops_L
+            top = settings.margin_top
+            area_LHW = area_HW[top : top + len(tops_L) * height].reshape(len(tops_L), height, width)
+            self._atlas.draw(columns_LW, area_LHW)
 
     def _columns_LW(
         self, columns_N: np.ndarray, left_N: np.ndarray, right_N: np.ndarray, ends_L: np.ndarray, indents_L: np.ndarray
@@ -194,11 +232,10 @@ def _align(
     lines: list[Line],
     ends_L: np.ndarray,
     indents_L: np.ndarray,
+    ids_N: np.ndarray,
     widths_N: np.ndarray,
-    columns_N: np.ndarray,
     settings: RenderSettings,
     text_length: int,
-    blank: int,
 ) -> None:
     """Move lines to the right by their indents, or widen their spaces, in place."""
     for number, line in enumerate(lines):
@@ -215,7 +252,7 @@ def _align(
             if spare > 0 and len(spaces):
                 widths_N[spaces] += spare // len(spaces)
                 widths_N[spaces[: spare % len(spaces)]] += 1
-                columns_N[spaces] = blank
+                ids_N[spaces] = BLANK
 
 
 def _mark_roles(

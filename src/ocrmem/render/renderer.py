@@ -81,12 +81,13 @@ class Renderer:
             text, size = text + "".join(waiting), 0
             waiting.clear()
             enough *= 2  # while no page is full, so that no text is laid out more than twice
+            kept = 0
             # The last page waits for more text, which may change it.
             for page in self._draw(text, start, finished=False):
                 yield _moved(page, base)
                 start, enough = page.text_end, STREAM_PIECE
-            # One character in front of the next page stays: a paragraph begins after a line break.
-            kept = max(0, start - 1)
+                kept = int(page.glyph_offsets_N[-1]) if len(page.glyph_offsets_N) else page.text_start
+            # The last glyph before the next page stays: a paragraph begins after a line break.
             text, start, base = text[kept:], start - kept, base + kept
         for page in self._draw(text + "".join(waiting), start):
             yield _moved(page, base)
