@@ -19,10 +19,11 @@ _CLOSING = frozenset("，。！？、；：）」』】》〉”’…—·,.!?;
 """Characters before which a line of East Asian text is not broken by the simple rules."""
 OTHER, SPACE, HYPHEN, WIDE, CLOSE, BREAK = range(6)
 """Classes of the simple rules."""
-WILD, LETTER, BLANK, IDEOGRAPH, POINT, END, JOINED, HARD, WIDE_END = range(9)
-"""Classes for Annex 14. WILD: ask it. LETTER: AL, HL, NU. BLANK: the space. IDEOGRAPH: breaks on both sides. POINT:
-holds on to letters on both sides. END: holds on to what is before it. JOINED: a later glyph of the same grapheme
-cluster. HARD: a line break. WIDE_END: holds on to what is before it, and an ideograph may begin a line after it."""
+WILD, LETTER, BLANK, IDEOGRAPH, POINT, END, JOINED, HARD, WIDE_END, ALPHA, HYPHEN_MINUS, OPEN, QUOTE = range(13)
+"""Classes for Annex 14. WILD: ask it. ALPHA: letters of ASCII. LETTER: other AL, HL, NU. BLANK: the space. IDEOGRAPH:
+breaks on both sides. OPEN: brackets. POINT, QUOTE: hold on to letters on both sides. END: holds on to what is before it.
+WIDE_END: the same, and an ideograph may begin a line after it. JOINED: a later glyph of the same grapheme cluster. HARD:
+a line break."""
 CONTEXT = 1024
 """Characters that Annex 14 is shown at most; words of this length do not occur, but lines of joiners do."""
 
@@ -46,7 +47,15 @@ def annex_class(character: str) -> int:
         return HARD
     if character == " ":
         return BLANK
-    if character in ",.;:'\"":
+    if character.isascii() and character.isalpha():
+        return ALPHA
+    if character == "-":
+        return HYPHEN_MINUS
+    if character in "([{":
+        return OPEN
+    if character in "'\"":
+        return QUOTE
+    if character in ",.;:":
         return POINT
     if character in "!?)]}":
         return END
@@ -80,11 +89,12 @@ def annex_breaks(classes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     pairs = classes_N[:-1] << 4 | classes_N[1:]
     decisions = np.frombuffer(bytearray(pairs.tobytes().translate(_DECISIONS)), dtype=np.uint8)
-    after_spaces = np.flatnonzero(decisions == _SPACED)
-    # A space after a letter or a point, and a letter after it: rule 18, and no rule before it holds.
-    before_N = classes_N[np.maximum(after_spaces - 1, 0)]
-    known = _ENDS_WORDS[before_N] & (after_spaces > 0)
-    decisions[after_spaces] = np.where(known, _KNOWN, _ASK)
+    # A space after a letter or a point, and a letter after it: rule 18, and no rule before it holds. Likewise a hyphen
+    # between two letters.
+    for decision, before in ((_SPACED, _ENDS_WORDS), (_HYPHENED, _IS_ALPHA)):
+        after = np.flatnonzero(decisions == decision)
+        known = before[classes_N[np.maximum(after - 1, 0)]] & (after > 0)
+        decisions[after] = np.where(known, _KNOWN, _ASK)
     places = np.flatnonzero(decisions != _HOLDS)
     return places + 1, decisions[places] == _KNOWN
 
@@ -92,23 +102,27 @@ def annex_breaks(classes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _decide() -> bytes:
     """The decision for every pair of classes, as a table for `bytes.translate`."""
     before, after = np.divmod(np.arange(256), 16)
-    begins = (after == LETTER) | (after == IDEOGRAPH)
-    ends = (after == POINT) | (after == END)
-    holds = ((before == LETTER) | (before == POINT)) & ((after == LETTER) | ends)
-    holds |= ((before == IDEOGRAPH) | (before == END)) & ends
-    holds |= ((before == LETTER) | (before == IDEOGRAPH) | (before == WIDE_END)) & (after == WIDE_END)
+    letters = np.isin(before, (LETTER, ALPHA)), np.isin(after, (LETTER, ALPHA))
+    begins = letters[1] | np.isin(after, (IDEOGRAPH, OPEN, QUOTE))
+    ends = np.isin(after, (POINT, QUOTE, END))
+    holds = (letters[0] | np.isin(before, (POINT, QUOTE))) & (letters[1] | ends)
+    holds |= np.isin(before, (IDEOGRAPH, END)) & ends
+    holds |= (letters[0] | np.isin(before, (IDEOGRAPH, WIDE_END))) & (after == WIDE_END)
+    holds |= ((before == OPEN) & letters[1]) | (letters[0] & np.isin(after, (OPEN, HYPHEN_MINUS)))
     holds |= (after == BLANK) | (after == HARD)
     decisions = np.where(holds, _HOLDS, _ASK)
     decisions[(before == BLANK) & begins] = _SPACED
+    decisions[(before == HYPHEN_MINUS) & (after == ALPHA)] = _HYPHENED
     decisions[((before == IDEOGRAPH) | (before == WIDE_END)) & (after == IDEOGRAPH)] = _KNOWN
     decisions[before == HARD] = _KNOWN
     decisions[after == JOINED] = _HOLDS
     return bytes(decisions.tolist())
 
 
-_HOLDS, _ASK, _KNOWN, _SPACED = range(4)
-_ENDS_WORDS = np.isin(np.arange(9), (LETTER, IDEOGRAPH, POINT, END, WIDE_END))
+_HOLDS, _ASK, _KNOWN, _SPACED, _HYPHENED = range(5)
+_ENDS_WORDS = np.isin(np.arange(13), (LETTER, ALPHA, IDEOGRAPH, POINT, QUOTE, END, WIDE_END))
 """Classes after which a space is a place to break, whatever comes before them."""
+_IS_ALPHA = np.arange(13) == ALPHA
 _DECISIONS = _decide()
 
 

@@ -85,7 +85,7 @@ class Raster:
         if settings.space_after:
             tops_L[1:] += settings.space_after * np.cumsum([line.ends_paragraph for line in lines])[:-1]
 
-        image_HW = np.full((settings.page_height, settings.page_width), settings.background, dtype=np.uint8)
+        image_HW = np.empty((settings.page_height, settings.page_width), dtype=np.uint8)
         boxes_4N = np.empty((4, len(ids_N)), dtype=np.int32)
         draw = self._draw_with_numpy if _blit is None else self._draw_natively
         draw(image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N)
@@ -147,6 +147,7 @@ class Raster:
         boxes_4N[3] = boxes_4N[1] + height
 
         columns_LW = self._columns_LW(self._atlas.starts.take(ids_N), left_N, right_N, ends_L, indents_L)
+        image_HW.fill(settings.background)
         area_HW = image_HW[:, settings.margin_left : settings.margin_left + width]
         if settings.space_after:
             for number, top in enumerate(tops_L.tolist()):
@@ -179,15 +180,14 @@ class Raster:
 
 def _glyphs(lines: list[Line]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Glyph ids, offsets and widths of lines; the offsets are a copy, which keeps no block alive."""
+    if lines[0].block is lines[-1].block:
+        block, part = lines[0].block, slice(lines[0].first, lines[-1].stop)
+        return block.glyph_ids_N[part], block.offsets_N[part].copy(), block.widths_N[part]
     groups = [list(group) for _, group in groupby(lines, key=lambda line: id(line.block))]
     parts = [(group[0].block, slice(group[0].first, group[-1].stop)) for group in groups]
-    offsets_N = np.concatenate([block.offsets_N[part] for block, part in parts])
-    if len(parts) == 1:
-        block, part = parts[0]
-        return block.glyph_ids_N[part], offsets_N, block.widths_N[part]
     return (
         np.concatenate([block.glyph_ids_N[part] for block, part in parts]),
-        offsets_N,
+        np.concatenate([block.offsets_N[part] for block, part in parts]),
         np.concatenate([block.widths_N[part] for block, part in parts]),
     )
 
