@@ -20,10 +20,10 @@ _CLOSING = frozenset("，。！？、；：）」』】》〉”’…—·,.!?;
 OTHER, SPACE, HYPHEN, WIDE, CLOSE, BREAK = range(6)
 """Classes of the simple rules."""
 WILD, LETTER, BLANK, IDEOGRAPH, POINT, END, JOINED, HARD, WIDE_END, ALPHA, HYPHEN_MINUS, OPEN, QUOTE = range(13)
-"""Classes for Annex 14. WILD: ask it. ALPHA: letters of ASCII. LETTER: other AL, HL, NU. BLANK: the space. IDEOGRAPH:
-breaks on both sides. OPEN: brackets. POINT, QUOTE: hold on to letters on both sides. END: holds on to what is before it.
-WIDE_END: the same, and an ideograph may begin a line after it. JOINED: a later glyph of the same grapheme cluster. HARD:
-a line break."""
+"""Classes for Annex 14. WILD: ask it. ALPHA: letters of ASCII. LETTER: other AL, HL, NU. BLANK: the space.
+IDEOGRAPH: breaks on both sides. OPEN: brackets. POINT, QUOTE: hold on to letters on both sides. END: holds on to what
+is before it. WIDE_END: the same, and an ideograph may begin a line after it. JOINED: a later glyph of the same grapheme
+cluster. HARD: a line break."""
 CONTEXT = 1024
 """Characters that Annex 14 is shown at most; words of this length do not occur, but lines of joiners do."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import struct
 import unicodedata
@@ -95,15 +94,17 @@ class FontSet:
     def __init__(self, settings: RenderSettings) -> None:
         self._settings = settings
         self.names = (settings.font, *settings.fallback_fonts)
+        self._faces: dict[int, Face] = {}
         self._primary = self._face(0)
         ascent, descent = self._primary.font.getmetrics()
         spare = settings.line_height - ascent - descent
         self.baseline = settings.line_height - descent - max(0, spare // 2)
         """Below the middle of the spare room; where there is none, descenders stay whole and high accents are cut."""
 
-    @functools.cache  # noqa: B019 - one set lives as long as its renderer
     def _face(self, index: int) -> Face:
-        return Face(self.names[index], self._settings.font_size)
+        if index not in self._faces:
+            self._faces[index] = Face(self.names[index], self._settings.font_size)
+        return self._faces[index]
 
     def face_for(self, text: str) -> Face | None:
         """The first font that has every character of `text`; None where none has."""
