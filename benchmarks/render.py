@@ -187,8 +187,9 @@ def appending(runs: int) -> dict:
         started = time.perf_counter()
         pages = history.pages(hundred)
         whole.append(time.perf_counter() - started)
+        grown = hundred + f"one more line, number {number}\n"
         started = time.perf_counter()
-        history.pages(hundred + f"one more line, number {number}\n")
+        history.pages(grown)
         more.append(time.perf_counter() - started)
         started = time.perf_counter()
         renderer.pages(hundred[pages[-1].text_start :])

@@ -131,8 +131,8 @@ LATER_SETTINGS = (
 PP_OCR_PAGE = RenderSettings(
     page_width=640, page_height=768, line_height=48, font_size=36, cell_width=10, line_breaks="mark"
 )
-"""16 lines of 64 characters. PP-OCRv6-small reads 99.9% of the characters of English prose at 10 pixels each, 99.4% at 9
-and 80.9% at 8; of Chinese, in two cells a character, 99.1% to 99.7% at any width from 7 to 12
+"""16 lines of 64 characters. PP-OCRv6-small reads 99.9% of the characters of English prose at 10 pixels each, 99.4% at
+9 and 80.9% at 8; of Chinese, in two cells a character, 99.1% to 99.7% at any width from 7 to 12
 (`benchmarks/legibility.py`). The page stays at 10: adapters were trained on it."""
 
 
