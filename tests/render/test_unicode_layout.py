@@ -123,9 +123,9 @@ def test_a_stream_gives_the_pages_of_the_whole(text, cuts, changes):
         same(page, other)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=max(1, EXAMPLES // 3), deadline=None)
 @given(
-    words=st.lists(st.text(st.sampled_from("ab1,.;:!?-/()[]\"'%$中文。、，“”あァー שלום"), max_size=12), max_size=12)
+    words=st.lists(st.text(st.sampled_from("ab1,.;:!?-/()[]\"'%$中文。，；！？“”あァー שלום"), max_size=12), max_size=9)
 )
 def test_lines_end_where_annex_14_lets_them(words):
     text = " ".join(words)
