@@ -44,7 +44,8 @@ from ocrmem.data.conversations import read_conversations
 from ocrmem.encoders.registry import build_encoder
 from ocrmem.files import write_text
 from ocrmem.memory.history import history_text
-from ocrmem.render.renderer import Renderer, save_png
+from ocrmem.render.files import save_png
+from ocrmem.render.renderer import Renderer
 from ocrmem.training.build import page_settings
 from ocrmem.training.run import TrainResult, train
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-VERBS = ["params", "fetch", "render", "train", "chat", "doctor"]
+VERBS = ["params", "fetch", "render", "tune-page", "train", "chat", "doctor"]
 
 
 def ocrmem(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:

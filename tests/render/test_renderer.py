@@ -16,7 +16,8 @@ from PIL import Image
 
 from ocrmem.config.render import PP_OCR_PAGE, RenderSettings, deepseek_ocr_page
 from ocrmem.errors import ConfigError, RenderError
-from ocrmem.render.renderer import Renderer, render_identity, save_png
+from ocrmem.render.files import save_png
+from ocrmem.render.renderer import Renderer, render_identity
 
 # Bundled fonts alone: characters they lack become boxes, and nothing has to be fetched.
 CELLS = dataclasses.replace(PP_OCR_PAGE, fallback_fonts=("dejavu-sans",))

@@ -13,7 +13,7 @@ import sys
 import typer
 
 from ocrmem import __version__
-from ocrmem.cli import chat, doctor, eval, fetch, params, render, train
+from ocrmem.cli import chat, doctor, eval, fetch, params, render, train, tune_page
 from ocrmem.errors import OcrmemError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("train")(train.command)
 app.command("eval")(eval.command)
 app.command("chat")(chat.command)
 app.command("doctor")(doctor.command)
+app.command("tune-page")(tune_page.command)
 
 
 @app.callback(invoke_without_command=True)

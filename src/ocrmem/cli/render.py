@@ -4,69 +4,241 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from ocrmem.config.page_style import Cropping
+    from ocrmem.config.render import RenderSettings
+    from ocrmem.types import Page
+
 
 def command(
-    file: Annotated[str, typer.Argument(help="Text file, JSONL file of conversations, or - for text on stdin.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNG pages.")],
+    file: Annotated[
+        str, typer.Argument(help="Text or Markdown file, JSONL file of conversations, or - for text on stdin.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the PNG pages.")] = None,
+    pdf: Annotated[Path | None, typer.Option(help="One PDF of all pages.")] = None,
+    contact_sheet: Annotated[Path | None, typer.Option(help="One PNG of the first pages, small, side by side.")] = None,
     encoder: Annotated[str, typer.Option(help="Whose page settings to use: pp-ocr or deepseek-ocr.")] = "pp-ocr",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A page setting, for example font_size=12."),
     ] = None,
+    style: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|KEY=VALUE",
+            help="Page style in points instead of an encoder's: a JSON or YAML file, or page-size=595,842, dpi=72, "
+            "font-size=9, alignment=JUSTIFY, auto-crop-width=true, …",
+        ),
+    ] = None,
+    llm: Annotated[str | None, typer.Option(help="LLM whose text tokens the statistics count.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Text on stdin is Markdown.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Draw text as the pages that the encoder will read, one PNG each."""
+    """Draw text as the pages that the encoder will read: PNG files, a PDF, a contact sheet, or statistics alone.
+
+    Text of any length is read, drawn and written in little memory; Markdown and conversations are read whole.
+    """
+    from ocrmem.config.page_style import Cropping
+    from ocrmem.errors import ConfigError
+    from ocrmem.render.renderer import Renderer
+
+    if style and settings:
+        raise ConfigError("--style and --set both give page settings. Give one of them.")
+    ocr = None
+    cropping = Cropping()
+    if style:
+        page_settings, cropping = read_style(style)
+    else:
+        ocr, page_settings = encoder_page(encoder, settings or [])
+    renderer = Renderer(page_settings)
+    counter = TokenCounter(llm) if llm is not None else None
+    sinks = Sinks(output, pdf, contact_sheet, page_settings, cropping)
+    characters = pages = memory_tokens = 0
+    for name, parts in texts_of(file, markdown):
+        for number, page, is_last in numbered(renderer.iter_stream(counter.watch(parts) if counter else parts)):
+            sinks.add(page, f"{name}-{number:04d}", is_last)
+            pages += 1
+            memory_tokens += ocr.num_tokens(page) if ocr is not None else 0
+            characters += page.text_end - page.text_start
+    sinks.close()
+    result: dict[str, Any] = {
+        "pages": sinks.written,
+        "num_pages": pages,
+        "characters": characters,
+        "missing_characters": {f"U+{ord(c):04X}": n for c, n in sorted(renderer.missing.items())},
+    }
+    if ocr is not None:
+        result["memory_tokens"] = memory_tokens
+    if counter is not None:
+        result["text_tokens"] = counter.tokens
+        if ocr is not None:
+            result["separator_tokens"] = counter.separators()
+            result["ratio"] = round(counter.tokens / max(1, memory_tokens + counter.separators()), 3)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(summary(result, output))
+
+
+def summary(result: dict[str, Any], output: Path | None) -> str:
+    """The statistics as one line."""
+    parts = [f"{result['num_pages']} pages{f' in {output}' if output else ''}", f"{result['characters']} characters"]
+    if missing := sum(result["missing_characters"].values()):
+        parts.append(f"{missing} of them in no font")
+    if "memory_tokens" in result:
+        parts.append(f"{result['memory_tokens']} memory tokens")
+    if "text_tokens" in result:
+        parts.append(f"{result['text_tokens']} text tokens")
+    if "ratio" in result:
+        parts.append(f"ratio {result['ratio']} with {result['separator_tokens']} separators")
+    return ", ".join(parts)
+
+
+def encoder_page(name: str, overrides: list[str]) -> tuple[Any, RenderSettings]:
+    """An encoder without weights, and its preset with the overrides; the encoder is None where it cannot read them."""
     from ocrmem.config.encoder import EncoderSettings
     from ocrmem.config.loader import apply_overrides, from_mapping
     from ocrmem.config.render import RenderSettings
     from ocrmem.encoders.registry import build_encoder
-    from ocrmem.render.renderer import Renderer, save_png
+    from ocrmem.errors import PageSizeError
 
-    preset = build_encoder(EncoderSettings(name=encoder), load_weights=False, device="meta").page
-    page_settings = from_mapping(RenderSettings, apply_overrides(preset, settings or []), where="page")
-    renderer = Renderer(page_settings)
-    output.mkdir(parents=True, exist_ok=True)
-    written, characters = [], 0
-    for name, text in read_texts(file):
-        characters += len(text)
-        for number, page in enumerate(renderer.iter_pages(text), start=1):
-            path = output / f"{name}-{number:04d}.png"
-            save_png(page, path)
-            written.append(str(path))
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "pages": written,
-                    "characters": characters,
-                    "missing_characters": {f"U+{ord(c):04X}": n for c, n in sorted(renderer.missing.items())},
-                }
-            )
-        )
-        return
-    print(f"{len(written)} pages in {output}, {characters} characters")
-
-
-def read_texts(file: str) -> list[tuple[str, str]]:
-    """(name, text) of what is to be drawn: one for a text, one for each conversation of a JSONL file."""
-    from ocrmem.data.conversations import read_conversations
-    from ocrmem.errors import DataError
-    from ocrmem.memory.history import history_text
-
-    if file == "-":
-        return [("page", sys.stdin.read())]
-    path = Path(file)
-    if path.suffix == ".jsonl":
-        conversations = read_conversations(path).conversations
-        return [(f"{path.stem}-{n:04d}", history_text(c.messages)) for n, c in enumerate(conversations, start=1)]
+    settings = EncoderSettings(name=name)
+    preset = build_encoder(settings, load_weights=False, device="meta")
+    page = from_mapping(RenderSettings, apply_overrides(preset.page, overrides), where="page")
     try:
-        return [(path.stem, path.read_text(encoding="utf-8", errors="surrogateescape"))]
-    except OSError as error:
-        raise DataError(
-            f"{file!r} cannot be read: {error.strerror or error}. Give a text file, or - for stdin."
-        ) from None
+        return build_encoder(settings, page=page, load_weights=False, device="meta"), page
+    except PageSizeError as error:
+        print(f"no memory tokens are counted: {error}", file=sys.stderr)
+        return None, page
+
+
+def read_style(options: list[str]) -> tuple[RenderSettings, Cropping]:
+    """The page style of files and KEY=VALUE pairs, later ones first."""
+    import yaml
+
+    from ocrmem.config.page_style import settings_of_style
+    from ocrmem.errors import ConfigError
+
+    style: dict[str, Any] = {}
+    for option in options:
+        if Path(option).is_file():
+            try:
+                values = yaml.safe_load(Path(option).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ConfigError(f"page style {option!r} is neither JSON nor YAML: {error}") from None
+            if not isinstance(values, dict):
+                raise ConfigError(f"page style {option!r}: expected a mapping of names to values.")
+            style |= values
+            continue
+        name, mark, value = option.partition("=")
+        if not mark:
+            raise ConfigError(f"--style {option!r} is neither a file nor KEY=VALUE. Give the path of a JSON file.")
+        style[name.strip()] = value if name.strip() in ("page-size", "font-color") else yaml.safe_load(value)
+    return settings_of_style(style)
+
+
+def texts_of(file: str, markdown: bool) -> Iterator[tuple[str, Iterable[str]]]:
+    """(name, parts) of each text that is to be drawn."""
+    from ocrmem.data.texts import MARKDOWN_SUFFIXES, pieces, plain_text, read_texts
+
+    path = Path(file)
+    if file == "-":
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+        yield "page", [plain_text(sys.stdin.read())] if markdown else pieces(sys.stdin)
+    elif path.suffix.lower() in (".jsonl", *MARKDOWN_SUFFIXES):
+        yield from ((name, [text]) for name, text in read_texts(path))
+    else:
+        yield path.stem, pieces(path)
+
+
+def numbered(pages: Iterable[Page]) -> Iterator[tuple[int, Page, bool]]:
+    """(number from 1, page, whether it is the last)."""
+    before: Page | None = None
+    number = 0
+    for page in pages:
+        if before is not None:
+            number += 1
+            yield number, before, False
+        before = page
+    if before is not None:
+        yield number + 1, before, True
+
+
+class TokenCounter:
+    """Counts the LLM's tokens of text that passes by."""
+
+    def __init__(self, llm: str) -> None:
+        from ocrmem.model.llm import load_tokenizer
+
+        self._tokenizer = load_tokenizer(llm)
+        self.tokens = 0
+
+    def watch(self, parts: Iterable[str]) -> Iterator[str]:
+        """The parts, counted one by one; they end with lines, where no token goes across."""
+        for part in parts:
+            clean = part.encode("utf-8", "replace").decode("utf-8")
+            self.tokens += len(self._tokenizer(clean, add_special_tokens=False)["input_ids"])
+            yield part
+
+    def separators(self) -> int:
+        """Tokens of a prompt's memory besides its placeholders, with the default header."""
+        from ocrmem.config.memory import MemorySettings
+        from ocrmem.memory.chat_format import ChatFormat
+        from ocrmem.memory.placeholder import choose_memory_token
+
+        token, _ = choose_memory_token(self._tokenizer)
+        chat = ChatFormat(self._tokenizer, memory_token=token, header=MemorySettings().header)
+        return chat.separator_tokens(has_system=False)
+
+
+class Sinks:
+    """Where pages go: a folder of PNG files, a PDF, a contact sheet."""
+
+    def __init__(
+        self,
+        output: Path | None,
+        pdf: Path | None,
+        sheet: Path | None,
+        settings: RenderSettings,
+        cropping: Cropping,
+    ) -> None:
+        from ocrmem.render.files import ContactSheet, PdfWriter
+
+        self._output, self._sheet_path = output, sheet
+        self._settings, self._cropping = settings, cropping
+        self._pdf = PdfWriter(pdf) if pdf is not None else None
+        self._sheet = ContactSheet() if sheet is not None else None
+        self.written: list[str] = []
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+
+    def add(self, page: Page, name: str, is_last: bool) -> None:
+        """Write one page."""
+        from ocrmem.render.files import cropped, save_image
+
+        image_HW = cropped(page, self._settings, self._cropping, is_last=is_last)
+        if self._output is not None:
+            path = self._output / f"{name}.png"
+            save_image(image_HW, path)
+            self.written.append(str(path))
+        if self._pdf is not None:
+            self._pdf.add(image_HW)
+        if self._sheet is not None:
+            self._sheet.add(image_HW)
+
+    def close(self) -> None:
+        """Finish what holds several pages."""
+        from ocrmem.render.files import save_image
+
+        if self._pdf is not None:
+            self._pdf.close()
+        if self._sheet is not None and self._sheet_path is not None:
+            save_image(self._sheet.image_HW(), self._sheet_path)
+            if self._sheet.left_out:
+                print(f"{self._sheet.left_out} more pages are not on the contact sheet", file=sys.stderr)

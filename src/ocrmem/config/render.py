@@ -27,6 +27,10 @@ class RenderSettings:
     cell_width: int | None = None
     """Advance of every narrow character (wide East Asian characters take two); glyphs are squeezed to fit.
     None: the font's own proportional advances."""
+    wide_cell_width: int | None = None
+    """Advance of every wide character where there are cells. None: two cells."""
+    horizontal_scale: float = 1.0
+    """Factor on the width of every glyph where there are no cells; 0.9 is a condensed face."""
     margin_left: int = 0
     margin_top: int = 0
     margin_right: int = 0
@@ -34,6 +38,26 @@ class RenderSettings:
     line_breaks: Literal["keep", "mark"] = "keep"
     """`keep`: a line break in the text starts a new line. `mark`: it is drawn as » and the line goes on, which
     wastes no space after short turns."""
+    layout: Literal["simple", "unicode"] = "simple"
+    """`simple`: lines break at spaces, after hyphens and between wide characters; text runs in logical order, a tab is
+    four spaces. `unicode`: lines break by Unicode Standard Annex 14, right-to-left runs stand in visual order (Annex 9,
+    each line by itself), and a tab goes on to the next multiple of four spaces. Adapters keep what they were trained
+    with."""
+    shaping: Literal["none", "harfbuzz"] = "none"
+    """`harfbuzz`: letters of Arabic, Indic and other scripts that change beside others are joined; needs the extra
+    `ocrmem[shaping]`. `none`: each letter is drawn alone."""
+    missing_glyphs: Literal["code", "name"] = "code"
+    """What is drawn for a character that no font has. `code`: a box with its code point. `name`: for emoji and other
+    symbols the Unicode name in brackets, such as [rocket], by the tables of the running Python; else the box."""
+    roles: Literal["text", "rule", "inverse"] = "text"
+    """How the role at the start of a turn (`user: `) is set apart. `text`: not at all. `rule`: by a thin line above it.
+    `inverse`: light on dark."""
+    alignment: Literal["left", "right", "center", "justify"] = "left"
+    """Where lines stand between the margins; `justify` widens the spaces of every line that goes on in the next."""
+    first_indent: int = 0
+    """Pixels before the first line of a paragraph."""
+    space_after: int = 0
+    """Pixels below the last line of a paragraph."""
     foreground: int = 0
     """Grey value of the glyphs, 0 (black) to 255 (white)."""
     background: int = 255
@@ -42,19 +66,31 @@ class RenderSettings:
     def __post_init__(self) -> None:
         for name in ("page_width", "page_height", "line_height", "font_size"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number of pixels")
-        for name in ("margin_left", "margin_top", "margin_right", "margin_bottom"):
+        for name in ("margin_left", "margin_top", "margin_right", "margin_bottom", "first_indent", "space_after"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or more pixels")
         for name in ("foreground", "background"):
             _require(0 <= getattr(self, name) <= 255, name, getattr(self, name), "a grey value from 0 to 255")
-        _require(self.line_breaks in ("keep", "mark"), "line_breaks", self.line_breaks, "'keep' or 'mark'")
-        if self.cell_width is not None:
-            _require(self.cell_width > 0, "cell_width", self.cell_width, "a positive number of pixels, or None")
+        for name, choices in CHOICES.items():
+            given = getattr(self, name)
+            expected = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+            _require(given in choices, name, given, expected)
+        for name in ("cell_width", "wide_cell_width"):
+            given = getattr(self, name)
+            _require(given is None or given > 0, name, given, "a positive number of pixels, or None")
+        _require(0.1 <= self.horizontal_scale <= 10, "horizontal_scale", self.horizontal_scale, "a factor, 0.1 to 10")
+        if self.cell_width is None and self.wide_cell_width is not None:
+            raise ConfigError(f"render setting wide_cell_width={self.wide_cell_width} needs cell_width. Set both.")
+        if self.cell_width is not None and self.horizontal_scale != 1:
+            raise ConfigError(
+                f"render settings cell_width={self.cell_width} and horizontal_scale={self.horizontal_scale} both set "
+                "the width of glyphs. Give one of them."
+            )
         if self.lines_per_page < 1:
             raise ConfigError(
                 f"page_height={self.page_height} with margins {self.margin_top}+{self.margin_bottom} has no room for "
                 f"one line of line_height={self.line_height}; make the page higher or the line lower."
             )
-        narrowest = 2 * (self.cell_width or 1)
+        narrowest = self.first_indent + max(2 * (self.cell_width or 1), self.wide_cell_width or 1)
         if self.text_width < narrowest:
             raise ConfigError(
                 f"page_width={self.page_width} with margins {self.margin_left}+{self.margin_right} leaves "
@@ -77,11 +113,27 @@ def _require(holds: bool, name: str, given: object, expected: str) -> None:
         raise ConfigError(f"render setting {name}={given!r}: expected {expected}.")
 
 
+CHOICES = {
+    "line_breaks": ("keep", "mark"),
+    "layout": ("simple", "unicode"),
+    "shaping": ("none", "harfbuzz"),
+    "missing_glyphs": ("code", "name"),
+    "roles": ("text", "rule", "inverse"),
+    "alignment": ("left", "right", "center", "justify"),
+}
+"""The values of the settings that are one of several words."""
+LATER_SETTINGS = (
+    "wide_cell_width", "horizontal_scale", "layout", "shaping", "missing_glyphs", "roles", "alignment", "first_indent",
+    "space_after",
+)  # fmt: skip
+"""Settings that came after feature caches and adapters did: at their defaults, pages are as before, byte for byte."""
+
 PP_OCR_PAGE = RenderSettings(
     page_width=640, page_height=768, line_height=48, font_size=36, cell_width=10, line_breaks="mark"
 )
-"""16 lines of 64 characters. PP-OCRv6-small reads 98.4% of characters at 10 pixels each and 57.6% at 8, so this is
-the densest legible setting (measured on 24 lines of technical English)."""
+"""16 lines of 64 characters. PP-OCRv6-small reads 99.9% of the characters of English prose at 10 pixels each, 99.4% at
+9 and 80.9% at 8; of Chinese, in two cells a character, 99.1% to 99.7% at any width from 7 to 12
+(`benchmarks/legibility.py`). The page stays at 10: adapters were trained on it."""
 
 
 def deepseek_ocr_page(page_size: int) -> RenderSettings:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from ocrmem.render.renderer import Renderer
 from ocrmem.types import Page
 
@@ -17,16 +15,17 @@ class HistoryPages:
 
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
-        self._kept: OrderedDict[str, list[Page]] = OrderedDict()
+        self._kept: list[tuple[str, list[Page]]] = []
+        """Texts and their pages, the latest last. A list, since the hash of a long text takes longer than a page."""
 
     def pages(self, text: str) -> list[Page]:
         """The pages of a history's whole text, by `Renderer.pages`."""
-        earlier = max((kept for kept in self._kept if text.startswith(kept)), key=len, default="")
-        pages = self._kept.pop(earlier, [])
+        fitting = [number for number, (kept, _) in enumerate(self._kept) if text.startswith(kept)]
+        earlier, pages = "", []
+        if fitting:
+            earlier, pages = self._kept.pop(max(fitting, key=lambda number: len(self._kept[number][0])))
         if len(earlier) < len(text):
             full = pages[:-1]  # the last page may have room, and its last line may break elsewhere
             pages = [*full, *self._renderer.pages(text, start=full[-1].text_end if full else 0)]
-        self._kept[text] = pages
-        while len(self._kept) > NUM_HISTORIES:
-            self._kept.popitem(last=False)
+        self._kept = [*self._kept, (text, pages)][-NUM_HISTORIES:]
         return list(pages)

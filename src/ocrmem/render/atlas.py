@@ -1,4 +1,4 @@
-"""The glyph atlas: every glyph met so far, side by side in one strip, so that a line is drawn by one gather."""
+"""The glyph atlas: every glyph met so far, side by side in one strip, so that a page is drawn by one gather."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 import regex
 
 from ocrmem.config.render import RenderSettings
+from ocrmem.render.bidi import mirrored
 from ocrmem.render.fonts import FontSet
+from ocrmem.render.shaping import Shaper
 
 LINE_BREAKS = frozenset("\n\r\v\f\x85\u2028\u2029")
 """Characters that end a line: those of Unicode Standard Annex 14's mandatory breaks."""
@@ -17,12 +19,18 @@ BREAK_MARK = "»"
 """What a line break looks like with `line_breaks="mark"`. Of 32 candidates it is the rarest in text among those that
 PP-OCRv6-small reads every time between two words without a space; it drops the pilcrow, and reads a bar as an l."""
 TAB_SPACES = 4
-"""A tab is as wide as four spaces."""
+"""A tab is as wide as four spaces; with `layout="unicode"`, at most: it ends at the next multiple of that width."""
 NEWLINE = 0
 """Glyph id of a line break; it has no width where breaks are kept."""
 ZERO_WIDTH = 1
 """Glyph id of what is not drawn."""
-_INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cf}]")
+BLANK = 2
+"""Glyph id of blank paper, as wide as the text."""
+PIXELS = 16
+"""Pixels of a column that are gathered at once; numpy copies items of 16 bytes as fast as single ones."""
+LINES_AT_ONCE = 8
+"""Lines gathered before they are written to the page: they stay in a core's cache."""
+INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cf}]")
 
 
 class Atlas:
@@ -30,18 +38,27 @@ class Atlas:
 
     The rule for what cannot be seen: zero-width, format and bidi control characters, variation selectors, joiners and
     the byte order mark are not drawn; they belong to the glyph before them. Other controls, lone surrogates, private
-    use and every character that no font has are drawn as a box with the code point, and counted in `missing`.
+    use and every character that no font has are drawn as a box with the code point and counted in `missing`; with
+    `missing_glyphs="name"`, emoji and other symbols as their Unicode names in brackets.
     """
 
     def __init__(self, settings: RenderSettings) -> None:
         self._fonts = FontSet(settings)
         self._settings = settings
+        self._shaper = Shaper(self._fonts, settings) if settings.shaping == "harfbuzz" else None
         self.missing: Counter[str] = Counter()
         self._ids: dict[str, tuple[tuple[int, int], ...]] = {}
-        self._strip = np.full((settings.line_height, 4096), settings.background, dtype=np.uint8)
+        self._singles: dict[str, int] = {}
+        self._mirrors: dict[int, int] = {}
+        self._bands = -(-settings.line_height // PIXELS)
+        self._strip = np.full((self._bands, 4096, PIXELS), settings.background, dtype=np.uint8)
         self._used = 0
-        self._starts: list[int] = []
-        self._widths: list[int] = []
+        self._starts = np.zeros(256, dtype=np.int64)
+        self._widths = np.zeros(256, dtype=np.int64)
+        self._count = 0
+        self._pixels = np.zeros(1 << 16, dtype=np.uint8)
+        self._pixels_used = 0
+        self._places = np.zeros((256, 2), dtype=np.int64)
         self._boxes: dict[int, str] = {}
         mark = np.zeros((settings.line_height, 0), dtype=np.uint8)
         if settings.line_breaks == "mark":
@@ -49,6 +66,7 @@ class Atlas:
             mark = self._fonts.draw_box(ord(BREAK_MARK)) if face is None else self._fonts.draw(face, BREAK_MARK)
         self._add(mark)
         self._add(np.zeros((settings.line_height, 0), dtype=np.uint8))
+        self._add(np.zeros((settings.line_height, settings.text_width), dtype=np.uint8))
 
     def glyphs(self, cluster: str) -> tuple[tuple[int, int], ...]:
         """(glyph id, offset in the cluster) of each glyph of a grapheme cluster, in order."""
@@ -57,38 +75,85 @@ class Atlas:
             found = self._ids[cluster] = tuple(self._make(cluster))
         return found
 
-    def count_missing(self, glyph_ids: np.ndarray) -> None:
-        """Count the boxes among the glyphs of a finished line."""
+    def word(self, word: str) -> tuple[tuple[int, int], ...]:
+        """(glyph id, offset in the word) of each glyph of a word whose letters join, in logical order."""
+        if self._shaper is None or INVISIBLE.fullmatch(word):
+            return self.glyphs(word)
+        found = self._ids.get(word)
+        if found is None:
+            shaped = self._shaper.draw(word)
+            found = tuple(self._make(word) if shaped is None else [(self._add(ink), at) for ink, at in shaped])
+            self._ids[word] = found
+        return found
+
+    def mirror(self, glyph: int, character: str) -> int:
+        """The glyph for `character` in a right-to-left run: `(` is drawn as `)` there, in the same width."""
+        if glyph not in self._mirrors:
+            other = mirrored(character)
+            new = glyph if other is None else self.glyphs(other)[0][0]
+            self._mirrors[glyph] = new if self._widths[new] == self._widths[glyph] else glyph
+        return self._mirrors[glyph]
+
+    def count_missing(self, glyph_ids_N: np.ndarray) -> None:
+        """Count the boxes among the glyphs of a finished page."""
         if self._boxes:
-            for glyph in glyph_ids.tolist():
-                if glyph in self._boxes:
-                    self.missing[self._boxes[glyph]] += 1
+            boxes = np.fromiter(self._boxes, dtype=np.int64)
+            if glyph_ids_N.max(initial=0) >= boxes[0]:  # ids grow, so the first box has the least
+                counts = np.bincount(glyph_ids_N, minlength=self._count)
+                for glyph in boxes[counts[boxes] > 0].tolist():
+                    self.missing[self._boxes[glyph]] += int(counts[glyph])
 
     @property
     def widths(self) -> np.ndarray:
         """int64 widths in pixels by glyph id."""
-        return np.asarray(self._widths, dtype=np.int64)
+        return self._widths[: self._count]
 
-    def draw(self, glyph_ids: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """Pixels [line_height, sum of widths] of glyphs side by side."""
-        starts = np.asarray(self._starts, dtype=np.int64)[glyph_ids]
-        before = np.cumsum(widths) - widths
-        columns = np.repeat(starts - before, widths) + np.arange(widths.sum())
-        return self._strip[:, columns]
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 first column of each glyph in the strip, by glyph id."""
+        return self._starts[: self._count]
+
+    @property
+    def places(self) -> np.ndarray:
+        """int64 [glyphs, 2]: where each glyph's pixels begin in `pixels`, and its width there."""
+        return self._places[: self._count]
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """uint8: every glyph's pixels row by row, one after the other, and `PIXELS` more at the end."""
+        return self._pixels
+
+    def draw(self, columns_LW: np.ndarray, lines_LHW: np.ndarray) -> None:
+        """Write columns of the strip into lines of a page, in place.
+
+        Args:
+            columns_LW: int64 column of the strip under each pixel of each line.
+            lines_LHW: uint8, L lines of line_height × W pixels; any view of a page.
+        """
+        num_lines, height, width = lines_LHW.shape
+        for band in range(self._bands):
+            strip = self._strip[band].view(f"V{PIXELS}")[:, 0]
+            top, rows = band * PIXELS, min(PIXELS, height - band * PIXELS)
+            for first in range(0, num_lines, LINES_AT_ONCE):
+                part = columns_LW[first : first + LINES_AT_ONCE]
+                # "clip" spares a pass that looks for bad columns; there are none.
+                taken = np.take(strip, part, mode="clip")
+                pixels = taken.view(np.uint8).reshape(len(part), width, PIXELS)
+                lines_LHW[first : first + LINES_AT_ONCE, top : top + rows] = pixels[:, :, :rows].transpose(0, 2, 1)
 
     def _make(self, cluster: str) -> list[tuple[int, int]]:
         if cluster[0] in LINE_BREAKS:
             return [(NEWLINE, 0)]
         if cluster[0] == "\t":
             return [(self._space(TAB_SPACES), 0)]
-        drawn = _INVISIBLE.sub("", cluster)
+        drawn = INVISIBLE.sub("", cluster)
         if not drawn:
             return [(ZERO_WIDTH, 0)]
         composed = unicodedata.normalize("NFC", drawn)
         first = cluster.index(drawn[0])
         if self._is_drawable(composed) and (face := self._fonts.face_for(composed)) is not None:
             return [(self._add(self._fonts.draw(face, composed)), first)]
-        offsets = [i for i, character in enumerate(cluster) if not _INVISIBLE.match(character)]
+        offsets = [i for i, character in enumerate(cluster) if not INVISIBLE.match(character)]
         return [(self._single(cluster[offset]), offset) for offset in offsets]
 
     def _is_drawable(self, text: str) -> bool:
@@ -98,11 +163,18 @@ class Atlas:
         )
 
     def _single(self, character: str) -> int:
+        if character not in self._singles:
+            self._singles[character] = self._draw_single(character)
+        return self._singles[character]
+
+    def _draw_single(self, character: str) -> int:
         drawable = unicodedata.category(character) not in ("Cc", "Cs")
         face = self._fonts.face_for(character) if drawable else None
         if face is not None:
             return self._add(self._fonts.draw(face, character))
-        glyph = self._add(self._fonts.draw_box(ord(character)))
+        named = self._settings.missing_glyphs == "name" and unicodedata.category(character) in ("So", "Sm", "Sk", "Sc")
+        name = unicodedata.name(character, "") if named else ""
+        glyph = self._add(self._fonts.draw_name(name) if name else self._fonts.draw_box(ord(character)))
         self._boxes[glyph] = character
         return glyph
 
@@ -115,10 +187,20 @@ class Atlas:
         settings, width = self._settings, coverage.shape[1]
         while self._used + width > self._strip.shape[1]:
             self._strip = np.concatenate([self._strip, np.full_like(self._strip, settings.background)], axis=1)
+        if self._count == len(self._starts):
+            self._starts, self._widths = (np.append(a, np.zeros_like(a)) for a in (self._starts, self._widths))
+            self._places = np.concatenate([self._places, np.zeros_like(self._places)])
         contrast = (settings.foreground - settings.background) / 255
-        pixels = np.rint(settings.background + coverage * contrast)
-        self._strip[:, self._used : self._used + width] = pixels
-        self._starts.append(self._used)
-        self._widths.append(width)
+        pixels = np.rint(settings.background + coverage * contrast).astype(np.uint8)
+        padded = np.full((self._bands * PIXELS, width), settings.background, dtype=np.uint8)
+        padded[: len(pixels)] = pixels
+        self._strip[:, self._used : self._used + width] = padded.reshape(self._bands, PIXELS, width).transpose(0, 2, 1)
+        self._starts[self._count], self._widths[self._count] = self._used, width
+        while self._pixels_used + pixels.size + PIXELS > len(self._pixels):
+            self._pixels = np.concatenate([self._pixels, np.zeros_like(self._pixels)])
+        self._pixels[self._pixels_used : self._pixels_used + pixels.size] = pixels.ravel()
+        self._places[self._count] = self._pixels_used, width
+        self._pixels_used += pixels.size
         self._used += width
-        return len(self._widths) - 1
+        self._count += 1
+        return self._count - 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import struct
 import unicodedata
 from pathlib import Path
 
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).with_name("font_files")
 
 
 def font_path(name: str) -> Path:
-    """The file of a bundled font, a fetched one (downloaded on first use), or a path.
+    """The file of a bundled font, a fetched one (downloaded on first use), or a path without its `#number`.
 
     Raises:
         RenderError: there is no such font.
@@ -34,13 +34,21 @@ def font_path(name: str) -> Path:
         return FOLDER / BUNDLED[name]
     if name in FETCHED:
         return resolve(name)
-    path = Path(name)
+    path = Path(_split_number(name)[0])
     if path.is_file():
         return path
     raise RenderError(
         f"font {name!r} is neither bundled ({', '.join(BUNDLED)}), nor fetchable ({', '.join(FETCHED)}), nor a file. "
-        "Give one of these names, or the path of a TrueType or OpenType file."
+        "Give one of these names, or the path of a TrueType or OpenType file (path#1: the second font of a collection)."
     )
+
+
+def _split_number(name: str) -> tuple[str, int]:
+    """Path and number of a font: `fonts.ttc#1` is the second font of a collection."""
+    path, mark, number = name.rpartition("#")
+    if mark and number.isascii() and number.isdecimal() and not Path(name).is_file():
+        return path, int(number)
+    return name, 0
 
 
 def font_digest(name: str) -> str:
@@ -55,12 +63,13 @@ class Face:
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
-        path = font_path(name)
+        self.size = size
+        self.path, self.number = path, number = font_path(name), _split_number(name)[1]
         try:
-            self.font = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
-            with TTFont(path, fontNumber=0, lazy=True) as tables:
+            self.font = ImageFont.truetype(str(path), size, index=number, layout_engine=ImageFont.Layout.BASIC)
+            with TTFont(path, fontNumber=number, lazy=True) as tables:
                 self.characters = frozenset(tables.getBestCmap() or ())
-        except (OSError, TTLibError, KeyError, ValueError, AssertionError) as error:
+        except (OSError, TTLibError, KeyError, ValueError, AssertionError, struct.error) as error:
             raise RenderError(f"font file {str(path)!r} is no readable font: {error}. Give another font.") from error
         if not self.characters:
             raise RenderError(f"font file {str(path)!r} has no Unicode character map. Give another font.")
@@ -85,15 +94,17 @@ class FontSet:
     def __init__(self, settings: RenderSettings) -> None:
         self._settings = settings
         self.names = (settings.font, *settings.fallback_fonts)
+        self._faces: dict[int, Face] = {}
         self._primary = self._face(0)
         ascent, descent = self._primary.font.getmetrics()
         spare = settings.line_height - ascent - descent
         self.baseline = settings.line_height - descent - max(0, spare // 2)
         """Below the middle of the spare room; where there is none, descenders stay whole and high accents are cut."""
 
-    @functools.cache  # noqa: B019 - one set lives as long as its renderer
     def _face(self, index: int) -> Face:
-        return Face(self.names[index], self._settings.font_size)
+        if index not in self._faces:
+            self._faces[index] = Face(self.names[index], self._settings.font_size)
+        return self._faces[index]
 
     def face_for(self, text: str) -> Face | None:
         """The first font that has every character of `text`; None where none has."""
@@ -106,11 +117,25 @@ class FontSet:
     def draw(self, face: Face, text: str) -> np.ndarray:
         """Coverage [line_height, w] of one glyph, squeezed into its cells where the settings have cells."""
         coverage = face.coverage(text, height=self._settings.line_height, baseline=self.baseline)
-        if self._settings.cell_width is None:
+        return self.squeeze(coverage, num_cells=2 if is_wide(text[0]) else 1)
+
+    def squeeze(self, coverage: np.ndarray, *, num_cells: int) -> np.ndarray:
+        """Coverage [line_height, w] brought to the width that the settings say."""
+        settings, width = self._settings, coverage.shape[1]
+        if settings.cell_width is not None:
+            width = settings.cell_width * num_cells
+            if num_cells == 2 and settings.wide_cell_width is not None:
+                width = settings.wide_cell_width
+        elif settings.horizontal_scale != 1:
+            width = max(1, round(width * settings.horizontal_scale))
+        else:
             return coverage
-        width = self._settings.cell_width * (2 if is_wide(text[0]) else 1)
-        image = Image.fromarray(coverage).resize((width, coverage.shape[0]), Image.Resampling.BOX)
-        return np.asarray(image)
+        return np.asarray(Image.fromarray(coverage).resize((width, coverage.shape[0]), Image.Resampling.BOX))
+
+    def draw_name(self, name: str) -> np.ndarray:
+        """Coverage [line_height, w] of a character's name in brackets, at most as wide as the text."""
+        letters = [self.draw(self._primary, letter) for letter in f"[{name.lower()}]"]
+        return np.concatenate(letters, axis=1)[:, : self._settings.text_width]
 
     def draw_box(self, code: int) -> np.ndarray:
         """Coverage [line_height, w] of the box for a character that no font has."""

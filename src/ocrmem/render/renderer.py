@@ -1,38 +1,35 @@
 """The renderer: text to pages.
 
 ```
-text ─▶ layout: grapheme clusters ─▶ glyphs of the atlas ─▶ lines ─▶ raster: one gather a line ─▶ Page
+text ─▶ layout: grapheme clusters ─▶ glyphs of the atlas ─▶ lines ─▶ raster: one gather a page ─▶ Page
 ```
 
-Text is drawn in logical order, from left to right; right-to-left scripts are not reordered.
+A page's character map is in logical order whatever the order on paper: glyph N of the map is the Nth of the text.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
-import numpy as np
-from PIL import Image
-
-from ocrmem.config.render import RenderSettings
-from ocrmem.files import write_files
+from ocrmem.config.render import LATER_SETTINGS, RenderSettings
 from ocrmem.render.atlas import Atlas
 from ocrmem.render.fonts import font_digest
-from ocrmem.render.layout import Line, layout_lines
+from ocrmem.render.layout import Layout
+from ocrmem.render.raster import Raster, page_lines
 from ocrmem.types import Page
 
 log = logging.getLogger(__name__)
 
 RENDERER_VERSION = 1
 """Raised whenever the same text and settings give other pixels; part of every feature cache key."""
+
+STREAM_PIECE = 1 << 17
+"""Characters of a stream that are laid out at once, at least."""
 
 
 class Renderer:
@@ -48,6 +45,8 @@ class Renderer:
     def __init__(self, settings: RenderSettings) -> None:
         self.settings = settings
         self._atlas = Atlas(settings)
+        self._layout = Layout(self._atlas, settings)
+        self._raster = Raster(self._atlas, settings)
 
     @property
     def missing(self) -> Counter[str]:
@@ -63,39 +62,49 @@ class Renderer:
 
     def iter_pages(self, text: str, *, start: int = 0) -> Iterator[Page]:
         """`pages` one by one, in memory bounded by one page whatever the text's length."""
+        yield from self._draw(text, start)
+
+    def iter_stream(self, pieces: Iterable[str]) -> Iterator[Page]:
+        """The pages of all pieces joined, in memory bounded by one piece and one page.
+
+        Args:
+            pieces: a text in parts of any length, such as a file read a million characters at a time.
+        """
+        text, start, base, enough = "", 0, 0, STREAM_PIECE
+        waiting: list[str] = []
+        size = 0
+        for piece in pieces:
+            waiting.append(piece)
+            size += len(piece)
+            if size < enough:
+                continue
+            text, size = text + "".join(waiting), 0
+            waiting.clear()
+            enough *= 2  # while no page is full, so that no text is laid out more than twice
+            kept = 0
+            # The last page waits for more text, which may change it.
+            for page in self._draw(text, start, finished=False):
+                yield _moved(page, base)
+                start, enough = page.text_end, STREAM_PIECE
+                kept = int(page.glyph_offsets_N[-1]) if len(page.glyph_offsets_N) else page.text_start
+            # The last glyph before the next page stays: a paragraph begins after a line break.
+            text, start, base = text[kept:], start - kept, base + kept
+        for page in self._draw(text + "".join(waiting), start):
+            yield _moved(page, base)
+
+    def _draw(self, text: str, start: int, *, finished: bool = True) -> Iterator[Page]:
+        """Pages from `start`, without the last where the text goes on."""
         before = self.missing.copy()
-        lines = layout_lines(text, start=start, atlas=self._atlas, settings=self.settings)
-        while page_lines := list(islice(lines, self.settings.lines_per_page)):
-            yield self._draw(page_lines, start)
-            start = page_lines[-1].end
+        waiting = None
+        for on_page in page_lines(self._layout.lines(text, start=start), self.settings):
+            if waiting is not None:
+                yield self._raster.page(waiting, text=text, start=start)
+                start = waiting[-1].end
+            waiting = on_page
+        if finished and waiting is not None:
+            yield self._raster.page(waiting, text=text, start=start)
         if counted := self.missing - before:
             self._warn(counted)
-
-    def _draw(self, lines: list[Line], start: int) -> Page:
-        settings = self.settings
-        image_HW = np.full((settings.page_height, settings.page_width), settings.background, dtype=np.uint8)
-        boxes = []
-        for number, line in enumerate(lines):
-            top = settings.margin_top + number * settings.line_height
-            right = settings.margin_left + np.cumsum(line.widths_N)
-            pixels = self._atlas.draw(line.glyph_ids_N, line.widths_N)
-            image_HW[
-                top : top + settings.line_height,
-                settings.margin_left : settings.margin_left + pixels.shape[1],
-            ] = pixels
-            box_N4 = np.empty((len(right), 4), dtype=np.int32)
-            box_N4[:, 0], box_N4[:, 2] = right - line.widths_N, right
-            box_N4[:, 1], box_N4[:, 3] = top, top + settings.line_height
-            boxes.append(box_N4)
-            self._atlas.count_missing(line.glyph_ids_N)
-        return Page(
-            image_HW=image_HW,
-            text_start=start,
-            text_end=lines[-1].end,
-            num_lines=len(lines),
-            glyph_offsets_N=np.concatenate([line.offsets_N for line in lines]),
-            glyph_boxes_N4=np.concatenate(boxes),
-        )
 
     def _warn(self, counted: Counter[str]) -> None:
         shown = ", ".join(f"U+{ord(character):04X} ×{count}" for character, count in counted.most_common(5))
@@ -109,15 +118,24 @@ class Renderer:
         )
 
 
+def _moved(page: Page, distance: int) -> Page:
+    """The same page of a text that has `distance` characters more in front."""
+    return dataclasses.replace(
+        page,
+        text_start=page.text_start + distance,
+        text_end=page.text_end + distance,
+        glyph_offsets_N=page.glyph_offsets_N + distance,
+    )
+
+
 def render_identity(settings: RenderSettings) -> str:
     """Hex digest of everything that decides the pixels of a text: settings, font files, renderer version."""
     fonts = [font_digest(name) for name in (settings.font, *settings.fallback_fonts)]
-    values = [RENDERER_VERSION, dataclasses.asdict(settings), fonts]
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    given = {
+        name: value
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in LATER_SETTINGS or value != defaults[name]
+    }
+    values = [RENDERER_VERSION, given, fonts]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def save_png(page: Page, path: Path) -> None:
-    """Write a page as a grey PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    Image.fromarray(page.image_HW).save(buffer, format="png")
-    write_files(path.parent, {path.name: lambda temporary: temporary.write_bytes(buffer.getvalue())})

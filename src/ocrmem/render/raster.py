@@ -1,0 +1,271 @@
+"""Raster: the lines of a page to pixels and to its character map.
+
+```
+lines ─▶ glyphs of the page, one array ─┬─▶ _blit.c: a copy for each glyph
+                                        └─▶ edges on the line ─▶ a column of the atlas for each pixel column ─▶ gather
+```
+
+The second way is numpy alone, for machines without a compiler, and gives the same bytes.
+
+Besides the letters of `types`: L lines of the page, W pixels between its margins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby, pairwise
+
+import numpy as np
+import regex
+
+from ocrmem.config.render import RenderSettings
+from ocrmem.render.atlas import BLANK, Atlas
+from ocrmem.render.bidi import visual_order
+from ocrmem.render.breaking import BREAK, SPACE
+from ocrmem.render.layout import Line
+from ocrmem.types import ROLES, Page
+
+try:
+    from ocrmem.render import _blit  # type: ignore[attr-defined]
+except ImportError:  # built where there is a compiler; see pyproject.toml
+    _blit = None
+
+_ROLE = regex.compile(rf"(?:\A|(?<=\n))(?:{'|'.join(ROLES)}):(?= )")
+"""A role at the start of a turn, as `memory.history` writes it; looked for in a page's own text alone."""
+RULE_SHARE = 24
+"""The thin line above a role is this fraction of the line's height, and a pixel at least."""
+
+WORKING_SET = 16 << 20
+"""Bytes; a page of 1,280 × 1,280 pixels needs five million."""
+
+
+def page_lines(lines: Iterable[Line], settings: RenderSettings) -> Iterator[list[Line]]:
+    """Lines, page by page."""
+    room = settings.lines_per_page * settings.line_height
+    page: list[Line] = []
+    used = 0
+    for line in lines:
+        if page and used + settings.line_height > room:
+            yield page
+            page, used = [], 0
+        page.append(line)
+        used += settings.line_height + settings.space_after * line.ends_paragraph
+    if page:
+        yield page
+
+
+class Raster:
+    """Draws pages of fixed settings with the glyphs of one atlas."""
+
+    def __init__(self, atlas: Atlas, settings: RenderSettings) -> None:
+        self._atlas = atlas
+        self._settings = settings
+        # Half of a page's time would go into page faults of its temporary arrays. glibc keeps freed memory of blocks
+        # as large as the largest that it has seen freed (32 MiB at most), and this one is never touched.
+        np.empty(WORKING_SET, dtype=np.uint8)
+
+    def page(self, lines: list[Line], *, text: str, start: int) -> Page:
+        """The page of these lines; `text` is the whole text, of which the page holds what begins at `start`."""
+        settings, atlas = self._settings, self._atlas
+        ids_N, offsets_N, widths_N = _glyphs(lines)
+        atlas.count_missing(ids_N)
+        counts_L = np.array([line.stop - line.first for line in lines], dtype=np.int64)
+        ends_L = np.cumsum(counts_L)
+        order_N = None
+        if any(line.block.right_to_left_N is not None for line in lines):
+            order_N, ids_N = _visual(lines, ids_N, offsets_N, text, atlas)
+            widths_N = widths_N[order_N]
+        indents_L = np.zeros(len(lines), dtype=np.int64)
+        if settings.first_indent:
+            indents_L += [settings.first_indent * line.starts_paragraph for line in lines]
+        if settings.alignment != "left":
+            ids_N, widths_N = ids_N.copy(), widths_N.copy()
+            _align(lines, ends_L, indents_L, ids_N, widths_N, settings, len(text))
+        tops_L = settings.margin_top + np.arange(len(lines)) * settings.line_height
+        if settings.space_after:
+            tops_L[1:] += settings.space_after * np.cumsum([line.ends_paragraph for line in lines])[:-1]
+
+        image_HW = np.empty((settings.page_height, settings.page_width), dtype=np.uint8)
+        boxes_4N = np.empty((4, len(ids_N)), dtype=np.int32)
+        draw = self._draw_with_numpy if _blit is None else self._draw_natively
+        draw(image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N)
+        if order_N is not None:
+            visual_4N, boxes_4N = boxes_4N, np.empty_like(boxes_4N)
+            boxes_4N[:, order_N] = visual_4N
+        end = lines[-1].end
+        if settings.roles != "text":
+            _mark_roles(image_HW, text[start:end], offsets_N - start, boxes_4N.T, settings)
+        return Page(
+            image_HW=image_HW,
+            text_start=start,
+            text_end=end,
+            num_lines=len(lines),
+            glyph_offsets_N=offsets_N,
+            glyph_boxes_N4=boxes_4N.T,
+        )
+
+    def _draw_natively(
+        self,
+        image_HW: np.ndarray,
+        boxes_4N: np.ndarray,
+        ends_L: np.ndarray,
+        indents_L: np.ndarray,
+        tops_L: np.ndarray,
+        ids_N: np.ndarray,
+        widths_N: np.ndarray,
+    ) -> None:
+        """Write the pixels and the boxes of a page, glyphs from left to right, with the compiled extension."""
+        settings, atlas = self._settings, self._atlas
+        assert _blit is not None
+        _blit.draw(
+            image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N, atlas.places, atlas.pixels,
+            settings.page_width, settings.line_height, settings.margin_left,
+            settings.margin_left + settings.text_width, settings.background,
+        )  # fmt: skip
+
+    def _draw_with_numpy(
+        self,
+        image_HW: np.ndarray,
+        boxes_4N: np.ndarray,
+        ends_L: np.ndarray,
+        indents_L: np.ndarray,
+        tops_L: np.ndarray,
+        ids_N: np.ndarray,
+        widths_N: np.ndarray,
+    ) -> None:
+        """The same where there is no extension."""
+        settings, width, height = self._settings, self._settings.text_width, self._settings.line_height
+        counts_L = np.diff(ends_L, prepend=0)
+        # Edges on the line. Spaces that hang over the margin are cut there.
+        right_N = np.cumsum(widths_N)
+        begins_L = np.append(0, right_N)[ends_L - counts_L] - indents_L
+        right_N -= np.repeat(begins_L, counts_L)
+        left_N = np.minimum(right_N - widths_N, width)
+        np.minimum(right_N, width, out=right_N)
+        boxes_4N[0], boxes_4N[2] = left_N + settings.margin_left, right_N + settings.margin_left
+        boxes_4N[1] = np.repeat(tops_L, counts_L)
+        boxes_4N[3] = boxes_4N[1] + height
+
+        columns_LW = self._columns_LW(self._atlas.starts.take(ids_N), left_N, right_N, ends_L, indents_L)
+        image_HW.fill(settings.background)
+        area_HW = image_HW[:, settings.margin_left : settings.margin_left + width]
+        if settings.space_after:
+            for number, top in enumerate(tops_L.tolist()):
+                self._atlas.draw(columns_LW[number : number + 1], area_HW[None, top : top + height])
+        else:
+            top = settings.margin_top
+            area_LHW = area_HW[top : top + len(tops_L) * height].reshape(len(tops_L), height, width)
+            self._atlas.draw(columns_LW, area_LHW)
+
+    def _columns_LW(
+        self, columns_N: np.ndarray, left_N: np.ndarray, right_N: np.ndarray, ends_L: np.ndarray, indents_L: np.ndarray
+    ) -> np.ndarray:
+        """int64: the column of the atlas under each pixel column; blank before and after a line's glyphs."""
+        num_lines, width = len(ends_L), self._settings.text_width
+        widths_N = right_N - left_N
+        used_L = np.diff(np.append(0, np.cumsum(widths_N))[ends_L], prepend=0) + indents_L
+        # A line is its indent, its glyphs and the rest: two more items a line, at these places among all items.
+        rests = ends_L + 2 * np.arange(num_lines) + 1
+        indents = np.append(0, rests[:-1] + 1)
+        is_glyph = np.ones(len(columns_N) + 2 * num_lines, dtype=bool)
+        is_glyph[rests] = is_glyph[indents] = False
+        starts = np.full(len(is_glyph), self._atlas.starts[BLANK], dtype=np.int64)
+        lengths = np.empty(len(is_glyph), dtype=np.int64)
+        starts[is_glyph], lengths[is_glyph] = columns_N - left_N, widths_N
+        lengths[rests], lengths[indents] = width - used_L, indents_L
+        columns = np.repeat(starts, lengths).reshape(num_lines, width)
+        columns += np.arange(width)
+        return columns
+
+
+def _glyphs(lines: list[Line]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Glyph ids, offsets and widths of lines; the offsets are a copy, which keeps no block alive."""
+    if lines[0].block is lines[-1].block:
+        block, part = lines[0].block, slice(lines[0].first, lines[-1].stop)
+        return block.glyph_ids_N[part], block.offsets_N[part].copy(), block.widths_N[part]
+    groups = [list(group) for _, group in groupby(lines, key=lambda line: id(line.block))]
+    parts = [(group[0].block, slice(group[0].first, group[-1].stop)) for group in groups]
+    return (
+        np.concatenate([block.glyph_ids_N[part] for block, part in parts]),
+        np.concatenate([block.offsets_N[part] for block, part in parts]),
+        np.concatenate([block.widths_N[part] for block, part in parts]),
+    )
+
+
+def _visual(
+    lines: list[Line], ids_N: np.ndarray, offsets_N: np.ndarray, text: str, atlas: Atlas
+) -> tuple[np.ndarray, np.ndarray]:
+    """The glyphs' logical numbers from left to right, line after line, and their ids in that order, brackets
+    mirrored. Spaces at the end of a line stay at its right, where they hang over the margin."""
+    order_N, ids_N = np.arange(len(ids_N)), ids_N.copy()
+    end = 0
+    for line in lines:
+        begin, end = end, end + line.stop - line.first
+        marks = line.block.right_to_left_N
+        if marks is None or not marks[line.first : line.stop].any():
+            continue
+        # A break that is drawn as a mark ends a paragraph, and each has its own direction.
+        classes = line.block.classes_N[line.first : line.first + _inked(line)]
+        edges = [-1, *np.flatnonzero(classes == BREAK).tolist(), len(classes)]
+        for before, stop in pairwise(edges):
+            part = slice(begin + before + 1, begin + stop)
+            bases = "".join(text[offset] for offset in offsets_N[part].tolist())
+            if not bases:
+                continue
+            order, mirrored = visual_order(bases)
+            order_N[part] = part.start + order
+            ids_N[part] = ids_N[part.start + order]
+            for place in np.flatnonzero(mirrored).tolist():
+                glyph = int(ids_N[part.start + place])
+                ids_N[part.start + place] = atlas.mirror(glyph, bases[order[place]])
+    return order_N, ids_N
+
+
+def _inked(line: Line) -> int:
+    """Glyphs of a line without the spaces and the break at its end."""
+    classes = line.block.classes_N[line.first : line.stop]
+    inked = np.flatnonzero((classes != SPACE) & (classes != BREAK))
+    return int(inked[-1]) + 1 if len(inked) else 0
+
+
+def _align(
+    lines: list[Line],
+    ends_L: np.ndarray,
+    indents_L: np.ndarray,
+    ids_N: np.ndarray,
+    widths_N: np.ndarray,
+    settings: RenderSettings,
+    text_length: int,
+) -> None:
+    """Move lines to the right by their indents, or widen their spaces, in place."""
+    for number, line in enumerate(lines):
+        end = int(ends_L[number]) - (line.stop - line.first)
+        inked = slice(end, end + _inked(line))
+        spare = settings.text_width - int(indents_L[number]) - int(widths_N[inked].sum())
+        if settings.alignment != "justify":
+            indents_L[number] += max(0, spare) // (2 if settings.alignment == "center" else 1)
+        elif not line.ends_paragraph and line.end < text_length:
+            classes = line.block.classes_N[line.first : line.first + inked.stop - inked.start]
+            if line.block.right_to_left_N is not None:
+                continue  # its glyphs stand in another order than its classes
+            spaces = inked.start + np.flatnonzero(classes == SPACE)
+            if spare > 0 and len(spaces):
+                widths_N[spaces] += spare // len(spaces)
+                widths_N[spaces[: spare % len(spaces)]] += 1
+                ids_N[spaces] = BLANK
+
+
+def _mark_roles(
+    image_HW: np.ndarray, text: str, offsets_N: np.ndarray, boxes_N4: np.ndarray, settings: RenderSettings
+) -> None:
+    """Set the roles at the starts of turns apart, in place."""
+    for match in _ROLE.finditer(text):
+        first, stop = np.searchsorted(offsets_N, [match.start(), match.end()])
+        for top in np.unique(boxes_N4[first:stop, 1]).tolist():
+            boxes = boxes_N4[first:stop][boxes_N4[first:stop, 1] == top]
+            left, right, bottom = int(boxes[:, 0].min()), int(boxes[:, 2].max()), int(boxes[0, 3])
+            if settings.roles == "rule":
+                image_HW[top : top + max(1, settings.line_height // RULE_SHARE), left:right] = settings.foreground
+            else:
+                area = image_HW[top:bottom, left:right]
+                area[...] = np.uint8(settings.foreground) + np.uint8(settings.background) - area
