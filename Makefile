@@ -8,7 +8,7 @@ export OCRMEM_CACHE ?= $(HOME)/.cache/ocrmem
 
 env: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml setup.py constraints.txt src/ocrmem/render/_blit.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "ocrmem needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

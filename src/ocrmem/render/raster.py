@@ -27,7 +27,7 @@ from ocrmem.types import ROLES, Page
 
 try:
     from ocrmem.render import _blit  # type: ignore[attr-defined]
-except ImportError:  # built where there is a compiler; see pyproject.toml
+except ImportError:  # built where there is a compiler; see setup.py
     _blit = None
 
 _ROLE = regex.compile(rf"(?:\A|(?<=\n))(?:{'|'.join(ROLES)}):(?= )")
