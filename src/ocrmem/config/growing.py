@@ -41,7 +41,7 @@ class GrowingSettings:
         falling = all(a > b for a, b in zip(self.densities, self.densities[1:], strict=False))
         if not self.densities or self.densities[0] != 1.0 or not falling or self.densities[-1] <= 0:
             raise ConfigError(
-                f"densities={self.densities}: expected falling numbers above 0, the first of them 1.0, such as (1.0, 0.5)."
+                f"densities={self.densities}: expected falling numbers above 0 from 1.0 on, such as (1.0, 0.5)."
             )
         if self.ledger_tokens + self.recall_tokens >= self.budget_tokens:
             raise ConfigError(

@@ -94,6 +94,11 @@ class GrowingPages:
         self._tail_text = ""
 
     @property
+    def tokens_per_page(self) -> int:
+        """V, the features of one page."""
+        return self._encoder.tokens_per_page
+
+    @property
     def pages(self) -> list[MemoryPage]:
         """All pages, oldest first."""
         return self.full if self.tail is None else [*self.full, self.tail]

@@ -47,7 +47,10 @@ PATTERNS: tuple[tuple[Kind, str], ...] = (
         r"(?:(?<![\w/])(?:~|\.{1,2})?/[\w.@+-]+(?:/[\w.@+-]+)*/?|\b[A-Za-z]:\\[\w.\\-]*\w|"
         r"\b[\w@+-]+(?:/[\w.@+-]+)*\.(?=\w*[A-Za-z])(?:[a-z][a-z0-9]{0,4}|tar\.gz|JPG|PNG|PDF|CSV|TXT)(?![\w.]))",
     ),
-    ("number", rf"(?<![\w.])(?:{_PHONE})(?![\w])|[$€£¥]\s?{_NUMBER}(?:\s?[kKMB]\b)?|(?<![\w.]){_NUMBER}(?:\s?{_UNIT}(?!\w))?(?![\w])"),
+    (
+        "number",
+        rf"(?<![\w.])(?:{_PHONE})(?![\w])|[$€£¥]\s?{_NUMBER}(?:\s?[kKMB]\b)?|(?<![\w.]){_NUMBER}(?:\s?{_UNIT}(?!\w))?(?![\w])",
+    ),
     (
         "code",
         # snake_case, camelCase, dotted.names, calls(), AB-123, v1.2, words with digits, SHOUTED names

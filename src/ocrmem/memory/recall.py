@@ -33,7 +33,7 @@ def load_bm25s() -> Any:
         import bm25s
     except ImportError:
         raise ConfigError(
-            "recall by BM25 was asked for, but the package bm25s is not installed: pip install 'ocrmem[recall]', or set "
+            "recall was asked for, but the package bm25s is not installed: pip install 'ocrmem[recall]', or set "
             "recall to 0."
         ) from None
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index at DEBUG
@@ -59,7 +59,9 @@ class PageIndex:
                 self._retriever = self._bm25s.BM25()
                 self._retriever.index(words, show_progress=False)
             self._indexed = tuple(texts)
-        known = [] if self._retriever is None else [word for word in asked if word in self._retriever.vocab_dict]
+        if self._retriever is None:
+            return np.zeros(len(texts))
+        known = [word for word in asked if word in self._retriever.vocab_dict]
         return self._retriever.get_scores(known) if known else np.zeros(len(texts))
 
     def _all_words(self, texts: Sequence[str]) -> list[list[str]]:
@@ -102,3 +104,33 @@ def recalled_text(
             kept.append(i)
             budget -= lengths[i]
     return "\n".join(sentences[i].strip() for i in sorted(kept))
+
+
+class Passages:
+    """Text that no page holds any more, in pieces as long as a page, so that it can still be found.
+
+    Args:
+        size: most characters of a piece.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.texts: list[str] = []
+        self._rest = ""
+
+    def append(self, text: str) -> None:
+        """Take text that follows what came before; a piece ends at a line's or a word's end where there is one."""
+        self._rest += text
+        start = 0
+        while len(self._rest) - start > self.size:
+            end = start + self.size
+            cut = max(self._rest.rfind("\n", start, end), self._rest.rfind(" ", start, end)) + 1
+            end = cut if cut > start else end
+            self.texts.append(self._rest[start:end])
+            start = end
+        self._rest = self._rest[start:]
+
+    @property
+    def all(self) -> list[str]:
+        """Every piece, the last and shorter one too."""
+        return [*self.texts, self._rest] if self._rest else list(self.texts)

@@ -30,6 +30,8 @@ from ocrmem.memory.store_schema import (
     bring_up_to_date,
     check_version,
     conversations,
+    event,
+    exc,
     features,
     messages,
     meta,
@@ -132,7 +134,7 @@ class MemoryStore:
         Raises:
             StoreError: the store is read-only.
         """
-        with contextlib.suppress(sa.exc.IntegrityError), self._transaction(write=True) as connection:
+        with contextlib.suppress(exc.IntegrityError), self._transaction(write=True) as connection:
             connection.execute(conversations.insert().values(name=name, created=_now()))
         found = self.find(name)
         assert found is not None
@@ -223,7 +225,7 @@ class MemoryStore:
         added: Sequence[StoredPage],
         settings: dict[str, Any],
     ) -> None:
-        """Remove the pages that start at some characters, add others, and say what they were made with; all or nothing."""
+        """Remove pages by their first characters, add others, and say what they were made with; all or nothing."""
         own = pages.c.conversation_id == conversation.id
         with self._transaction(write=True) as connection:
             for begin in range(0, len(removed), ROWS_AT_ONCE):
@@ -285,7 +287,8 @@ class MemoryStore:
     def _find(self, *where: sa.ColumnElement[bool]) -> list[StoredConversation]:
         own = conversations.c.id
         counts = [
-            sa.select(sa.func.count()).where(table.c.conversation_id == own).scalar_subquery() for table in (messages, pages)
+            sa.select(sa.func.count()).where(table.c.conversation_id == own).scalar_subquery()
+            for table in (messages, pages)
         ]
         query = sa.select(conversations, *counts).where(*where).order_by(conversations.c.id)
         with self._transaction() as connection:
@@ -311,7 +314,9 @@ class MemoryStore:
             self._check_writable()
         with (
             _named_errors(self.where),
-            self._engine.connect().execution_options(ocrmem_begin="BEGIN IMMEDIATE" if write else "BEGIN") as connection,
+            self._engine.connect().execution_options(
+                ocrmem_begin="BEGIN IMMEDIATE" if write else "BEGIN"
+            ) as connection,
             connection.begin(),
         ):
             yield connection
@@ -341,7 +346,7 @@ def _file(path: Path, *, read_only: bool) -> sa.Engine:
 
     engine = sa.create_engine("sqlite://", creator=connect, poolclass=sa.QueuePool, pool_size=2)
 
-    @sa.event.listens_for(engine, "begin")
+    @event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
         # A writer begins as one (IMMEDIATE): a reader could not become one without starting anew.
         statement = connection.get_execution_options().get("ocrmem_begin", "BEGIN")
@@ -367,7 +372,7 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 def _server(url: str) -> tuple[sa.Engine, str]:
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+    except exc.ArgumentError:
         raise StoreError("the store's URL cannot be read. Give postgresql://user:password@host/database.") from None
     if parsed.get_backend_name() != "postgresql":
         raise StoreError(
@@ -388,9 +393,9 @@ def _named_errors(where: str) -> Iterator[None]:
     """Say what a database's error means for the user; a broken rule of the tables stays as it is."""
     try:
         yield
-    except sa.exc.IntegrityError:
+    except exc.IntegrityError:
         raise
-    except (sa.exc.DBAPIError, sqlite3.Error) as error:
+    except (exc.DBAPIError, sqlite3.Error) as error:
         reason = str(getattr(error, "orig", None) or error).strip()
         raise StoreError(f"store {where}: {reason}. {_advice(reason)}") from error
 
@@ -404,7 +409,7 @@ def _advice(reason: str) -> str:
         "everything before it was. Free some space.",
         "locked": f"Another process was writing for more than {BUSY_SECONDS:g} seconds. Try again.",
         "unable to open": "Check the path, and that its folder can be written.",
-        "malformed": "The file is damaged. Restore a copy, or export what can still be read with `ocrmem store export`.",
+        "malformed": "The file is damaged. Restore a copy, or save what can be read with `ocrmem store export`.",
         "connection": "Check that the server runs, and the URL's host, user, password and database.",
     }
     return next((text for word, text in advice.items() if word in reason), "Nothing of this step was written.")

@@ -20,8 +20,11 @@ from ocrmem.errors import ConfigError, StoreError
 
 try:
     import sqlalchemy as sa
+    from sqlalchemy import event, exc
 except ImportError:
-    raise ConfigError("a store needs the package SQLAlchemy, which is not installed: pip install 'ocrmem[store]'") from None
+    raise ConfigError(
+        "a store needs the package SQLAlchemy, which is not installed: pip install 'ocrmem[store]'"
+    ) from None
 
 SCHEMA_VERSION = 1
 """Raised with every change of the tables; `MIGRATIONS` leads from each version to the next."""
@@ -136,3 +139,19 @@ def check_version(version: int, *, where: str) -> None:
             f"store {where} is of version {version}, written by a newer ocrmem; this one knows versions up to "
             f"{SCHEMA_VERSION}. Nothing was changed. Upgrade ocrmem, or give another store."
         )
+
+
+__all__ = [
+    "AnyText",
+    "bring_up_to_date",
+    "check_version",
+    "conversations",
+    "event",
+    "exc",
+    "features",
+    "messages",
+    "meta",
+    "pages",
+    "sa",
+    "schema_version",
+]
