@@ -105,14 +105,14 @@ class ChatFormat:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of text that `text` wrote."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def content_lengths(self, contents: Sequence[str]) -> list[int]:
         """Tokens of each content, without its turn's own."""
         if not contents:
             return []
         cleaned = list(map(self.clean, contents))
-        return [len(ids) for ids in self.tokenizer(cleaned, add_special_tokens=False)["input_ids"]]
+        return [len(ids) for ids in self.tokenizer(cleaned, add_special_tokens=False, verbose=False)["input_ids"]]
 
     @functools.cached_property
     def overheads(self) -> dict[Role, int]:

@@ -20,6 +20,9 @@ from ocrmem.errors import ConfigError
 SENTENCE = regex.compile(r"[^\n.!?]*[\n.!?]+[\"')\]]*\s*|[^\n.!?]+$")
 """A sentence or a line."""
 
+WORD = r"(?u)\b\w+\b"
+"""What BM25 counts; bm25s' own pattern knows no single digit."""
+
 
 def load_bm25s() -> Any:
     """The package bm25s.
@@ -73,7 +76,9 @@ class PageIndex:
     def _cut(self, texts: Sequence[str]) -> list[list[str]]:
         if not texts:
             return []
-        cut = self._bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+        cut = self._bm25s.tokenize(
+            list(texts), token_pattern=WORD, stopwords="en", return_ids=False, show_progress=False
+        )
         return [list(map(str, words)) for words in cut]
 
 

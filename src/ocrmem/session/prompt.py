@@ -13,6 +13,7 @@ from ocrmem.memory.growing_pages import MemoryPage
 from ocrmem.memory.split import Split
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.session.reader import Slot
+from ocrmem.types import Message
 
 BETWEEN = "\n\n"
 """In front of the ledger, and in front of recalled text."""
@@ -91,7 +92,8 @@ class MemoryPrompt:
         """
         chat_format, token = processor.chat_format, processor.memory_token_id
         num_placeholders = sum(page.num_tokens for page in pages)
-        turns = [*split.system, *split.recent]
+        # After a reply all of the conversation may be on pages; its next turn is the user's.
+        turns = [*split.system, *(split.recent or [Message("user", "")])]
         parts = [BETWEEN + part for part in (ledger, recalled) if part and pages]
         text = chat_format.text(
             turns, add_generation_prompt=True, num_placeholders=num_placeholders, after_memory="".join(parts)
