@@ -1,15 +1,15 @@
-"""A whole memory for tests: SmolLM2's tokenizer, a random LLM of two layers, and an encoder that a person can follow."""
+"""A whole memory for tests: SmolLM2's tokenizer, a small random LLM, and an encoder that a person can follow."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+import torch
 from memory.parts import shared_tokenizer
 from memory.pooling import PoolingEncoder
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import torch
 from ocrmem.config.encoder import EncoderSettings
 from ocrmem.config.growing import GrowingSettings
 from ocrmem.config.mem import MEMConfig

@@ -143,6 +143,7 @@ class Keeper:
                     each.start,
                     each.end,
                 )
+                self._kept = dict.fromkeys(self._kept, "")  # so that all of them are written again
                 return [], features
             full.append(page)
             features[page.key] = padded(each.features_VE, pages.tokens_per_page)
