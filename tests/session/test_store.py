@@ -249,6 +249,8 @@ def as_nobody(work):
                 os.setgid(65534)
                 os.setuid(65534)
             os.write(writing, json.dumps(work()).encode())
+        except BaseException as error:
+            os.write(writing, json.dumps(repr(error)).encode())
         finally:
             os._exit(0)
     os.close(writing)
@@ -272,7 +274,9 @@ def test_a_file_that_cannot_be_written():
             store.append(store.create("chat"), talk(3), position=0)
         path.chmod(0o444)
         folder.chmod(0o555)
-        refused, messages = as_nobody(work)
+        answer = as_nobody(work)
+        assert len(answer) == 2, answer
+        refused, messages = answer
         assert "open the store read-only, or make it writable" in refused
         assert messages == 3
     finally:

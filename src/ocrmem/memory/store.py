@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import json
 import logging
+import os
 import sqlite3
 import time
 import urllib.parse
@@ -332,6 +333,8 @@ def _file(path: Path, *, read_only: bool) -> sa.Engine:
         raise StoreError(f"there is no store {str(path)!r} to read. Give the path of one.")
     name = f"file:{urllib.parse.quote(str(path.absolute()))}"
     mode = "ro" if read_only else "rwc"
+    if read_only and not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists():
+        mode += "&immutable=1"  # else SQLite would make files beside it even to read
 
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(

@@ -93,6 +93,7 @@ pages = sa.Table(
     sa.Column("num_tokens", sa.Integer, nullable=False),
     sa.Column("page_key", sa.String(64), nullable=False),
     sa.UniqueConstraint("conversation_id", "text_start"),
+    sqlite_autoincrement=True,
 )
 features = sa.Table(
     "ocrmem_features",
