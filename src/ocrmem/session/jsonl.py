@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ocrmem.data.conversations import parse_conversation, parse_line
 from ocrmem.errors import DataError, StoreError
 from ocrmem.files import write_files
-from ocrmem.memory.store import MemoryStore, StoredConversation
+from ocrmem.memory.store import MemoryStore
 from ocrmem.types import Message
 
 
@@ -25,16 +25,15 @@ class Imported:
     """Name in the file to name in the store, where another conversation had it; they are among `added` too."""
 
 
-def export_line(store: MemoryStore, conversation: StoredConversation) -> str:
-    """One conversation as one line of JSON, without the line break."""
-    messages = [message.as_dict() for message in store.messages(conversation)]
-    value = {"name": conversation.name, "created": conversation.created, "messages": messages}
+def json_line(messages: Sequence[Message], **about: str) -> str:
+    """One conversation as one line of JSON, with what else is known about it."""
+    value = {**about, "messages": [message.as_dict() for message in messages]}
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode()
     except UnicodeEncodeError:  # lone surrogates have no UTF-8 form
         text = json.dumps(value)
-    return text
+    return text + "\n"
 
 
 def export_jsonl(store: MemoryStore, path: Path, *, name: str | None = None) -> int:
@@ -56,7 +55,7 @@ def export_jsonl(store: MemoryStore, path: Path, *, name: str | None = None) -> 
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(export_line(store, each) + "\n" for each in chosen)
+            file.writelines(json_line(store.messages(each), name=each.name, created=each.created) for each in chosen)
 
     try:
         write_files(path.parent, {path.name: write})
