@@ -14,25 +14,34 @@ import regex
 
 Kind = Literal["url", "email", "file", "hex", "date", "number", "code", "quote"]
 
-_MONTH = r"(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]*"
+_MONTH = (
+    r"\b(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|"
+    r"oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b"
+)
 _UNIT = (
     r"(?:[%‰°]|°\s?[CF]|[kKMGTmµμn]?(?:i?[Bb](?:ps|/s)?|Hz|W|Wh|V|A|g|m|l|L|s|Pa|J|N|eV|bit|Ω|F|mol)|cm|mm|km/?h?|mph|"
     r"min(?:utes?|s)?|h(?:ours?|rs?)?|sec(?:onds?|s)?|days?|weeks?|months?|years?|kg|mg|lbs?|oz|ft|feet|in(?:ches)?|"
     r"miles?|am|pm|a\.m\.|p\.m\.|dollars?|euros?|pounds?|USD|EUR|GBP|CHF|px|tokens?|pages?|rpm|dB|ms|ns|us)"
 )
-_NUMBER = r"[-+]?(?:\d{1,3}(?:[ \u202f]\d{3})+|\d+(?:[,.'_]\d{3})*)(?:[.,:/]\d+)*(?:[eE][-+]?\d+)?"
+_NUMBER = (
+    r"[-+]?(?:\d{1,3}(?:[ \u202f]\d{3}){1,6}|\d{1,40}(?:[,.'_]\d{3}){0,12})(?:[.,:/]\d{1,20}){0,8}(?:[eE][-+]?\d{1,4})?"
+)
 _PHONE = r"\+\d{1,3}(?:[ -]?\(\d{1,4}\))?(?:[ -]\d{2,4}){1,5}|\(\d{2,4}\)(?:[ -]\d{2,4}){1,4}|\d{3,4}(?:-\d{2,4}){1,3}"
 
+# Every repetition is bounded: text without an end and without a space must not take time without an end.
 PATTERNS: tuple[tuple[Kind, str], ...] = (
-    ("url", r"\b(?:https?|ftp|ssh|git|file|s3)://[^\s<>\"'`]*[^\s<>\"'`.,;:!?)\]}]|\bwww\.[^\s<>\"'`]*[\w/]"),
-    ("email", r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b"),
+    (
+        "url",
+        r"\b(?:https?|ftp|ssh|git|file|s3)://[^\s<>\"'`]{0,200}[^\s<>\"'`.,;:!?)\]}]|\bwww\.[^\s<>\"'`]{0,200}[\w/]",
+    ),
+    ("email", r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,6}\b"),
     # Within one line, and not across another quotation; an apostrophe opens no quotation inside a word.
     ("quote", r"\"[^\"\n]{2,80}\"|“[^”\n]{2,80}”|«[^»\n]{2,80}»|`[^`\n]{1,80}`|(?<!\w)'[^'\n]{2,60}'(?!\w)"),
     (
         "hex",
-        r"\b0[xX][0-9a-fA-F]+\b|\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b|"
-        r"\b(?:[0-9a-fA-F]{2}[:-]){3,}[0-9a-fA-F]{2}\b|#[0-9a-fA-F]{6}\b|"
-        r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{7,64}\b",
+        r"\b0[xX][0-9a-fA-F]{1,64}\b|\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b|"
+        r"\b(?:[0-9a-fA-F]{2}[:-]){3,31}[0-9a-fA-F]{2}\b|#[0-9a-fA-F]{6}\b|"
+        r"\b(?=[0-9a-f]{0,64}\d)(?=[0-9a-f]{0,64}[a-f])[0-9a-f]{7,64}\b",
     ),
     (
         "date",
@@ -44,21 +53,24 @@ PATTERNS: tuple[tuple[Kind, str], ...] = (
     ),
     (
         "file",
-        r"(?:(?<![\w/])(?:~|\.{1,2})?/[\w.@+-]+(?:/[\w.@+-]+)*/?|\b[A-Za-z]:\\[\w.\\-]*\w|"
-        r"\b[\w@+-]+(?:/[\w.@+-]+)*\.(?=\w*[A-Za-z])(?:[a-z][a-z0-9]{0,4}|tar\.gz|JPG|PNG|PDF|CSV|TXT)(?![\w.]))",
+        r"(?:(?<![\w/])(?:~|\.{1,2})?/[\w.@+-]{1,80}(?:/[\w.@+-]{1,80}){0,20}/?|\b[A-Za-z]:\\[\w.\\-]{0,200}\w|"
+        r"(?<![\w@+.-])[\w@+-]{1,80}(?:/[\w.@+-]{1,80}){0,20}\.(?=\w{0,8}[A-Za-z])"
+        r"(?:[a-z][a-z0-9]{1,4}|[cho]|tar\.gz|JPG|PNG|PDF|CSV|TXT)(?![\w.]))",
     ),
     (
         "number",
-        rf"(?<![\w.])(?:{_PHONE})(?![\w])|[$€£¥]\s?{_NUMBER}(?:\s?[kKMB]\b)?|(?<![\w.]){_NUMBER}(?:\s?{_UNIT}(?!\w))?(?![\w])",
+        rf"(?<![\w.])(?:{_PHONE})(?![\w])|[$€£¥]\s?{_NUMBER}(?:\s?[kKMB]\b)?|"
+        rf"(?<![\w.]){_NUMBER}(?:\s?{_UNIT}(?!\w))?(?![\w])",
     ),
     (
         "code",
-        # snake_case, camelCase, dotted.names, calls(), AB-123, v1.2, words with digits, SHOUTED names
-        r"\b[A-Za-z]\w*_\w+\b|\b[a-z]+(?:[A-Z][a-z0-9]+)+\b|\b(?:[A-Z][a-z0-9]+){2,}\b|"
-        r"\b[A-Za-z_]\w+(?:(?:\.|::)[A-Za-z_]\w+)+(?:\(\))?|\b[A-Za-z_]\w*\(\)|--[a-z][\w-]+|"
-        r"\b[A-Za-z]+(?:-[A-Za-z0-9]+)*-\d[\w.-]*\w\b|\b[A-Z]{2,}(?:-[A-Z0-9]+)+\b|\b[A-Za-z]+-\d\b|"
-        r"\bv?\d+(?:\.\d+){2,}(?:[-+.]\w+)*|\bv\d+(?:\.\d+)*\b|"
-        r"\b(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{3,}\b",
+        # snake_case, camelCase, dotted.names, calls(), --options, AB-123, v1.2, words with digits
+        r"\b[A-Za-z]\w{0,60}_\w{1,60}\b|\b[a-z]{1,40}(?:[A-Z][a-z0-9]{1,40}){1,8}\b|\b(?:[A-Z][a-z0-9]{1,40}){2,8}\b|"
+        r"(?<![\w.])[A-Za-z_]\w{1,60}(?:(?:\.|::)[A-Za-z_]\w{1,60}){1,8}(?:\(\))?|\b[A-Za-z_]\w{0,60}\(\)|"
+        r"(?<!\S)--[a-z][\w-]{1,40}|\b[A-Za-z]{1,20}(?:-[A-Za-z0-9]{1,20}){0,4}-\d[\w.-]{0,30}\w\b|"
+        r"\b[A-Z]{2,20}(?:-[A-Z0-9]{1,20}){1,6}\b|\b[A-Za-z]{1,20}-\d\b|"
+        r"\bv?\d{1,9}(?:\.\d{1,9}){2,6}(?:[-+.]\w{1,20}){0,4}|\bv\d{1,9}(?:\.\d{1,9}){0,6}\b|"
+        r"\b(?=[A-Za-z]{0,40}\d)(?=\d{0,40}[A-Za-z])[A-Za-z0-9]{3,40}\b",
     ),
 )
 """Kinds in the order in which they are tried at one place of the text."""
