@@ -57,8 +57,7 @@ def test_an_identifier_is_found_exactly(text, kind, expected):
         "Maybe he may come, novels in march.",
         "a 5 b",
         "Yes--or no--there",
-        "well-known and/or",
-        "",
+        "well-known, and/or",
     ],
 )
 def test_plain_words_are_no_identifiers(text):

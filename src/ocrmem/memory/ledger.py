@@ -19,7 +19,7 @@ _MONTH = (
     r"oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b"
 )
 _UNIT = (
-    r"(?:[%‰°]|°\s?[CF]|[kKMGTmµμn]?(?:i?[Bb](?:ps|/s)?|Hz|W|Wh|V|A|g|m|l|L|s|Pa|J|N|eV|bit|Ω|F|mol)|cm|mm|km/?h?|mph|"
+    r"(?:[%‰°]|°\s?[CF]|[kKMGTmµμn]?(?:i?B(?:/s)?|b(?:ps|/s)|Hz|W|Wh|V|A|g|m|l|L|s|Pa|J|N|eV|bit|Ω|F|mol)|cm|mm|km/?h?|mph|"
     r"min(?:utes?|s)?|h(?:ours?|rs?)?|sec(?:onds?|s)?|days?|weeks?|months?|years?|kg|mg|lbs?|oz|ft|feet|in(?:ches)?|"
     r"miles?|am|pm|a\.m\.|p\.m\.|dollars?|euros?|pounds?|USD|EUR|GBP|CHF|px|tokens?|pages?|rpm|dB|ms|ns|us)"
 )
@@ -55,7 +55,7 @@ PATTERNS: tuple[tuple[Kind, str], ...] = (
         "file",
         r"(?:(?<![\w/])(?:~|\.{1,2})?/[\w.@+-]{1,80}(?:/[\w.@+-]{1,80}){0,20}/?|\b[A-Za-z]:\\[\w.\\-]{0,200}\w|"
         r"(?<![\w@+.-])[\w@+-]{1,80}(?:/[\w.@+-]{1,80}){0,20}\.(?=\w{0,8}[A-Za-z])"
-        r"(?:[a-z][a-z0-9]{1,4}|[cho]|tar\.gz|JPG|PNG|PDF|CSV|TXT)(?![\w.]))",
+        r"(?:[a-z][a-z0-9]{1,4}|[cho]|tar\.gz|JPG|PNG|PDF|CSV|TXT)(?!\w|\.\w))",
     ),
     (
         "number",

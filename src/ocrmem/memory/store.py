@@ -105,6 +105,8 @@ class MemoryStore:
             self._engine, self.where = _file(self._path, read_only=read_only), repr(text)
         with self._transaction(write=not read_only) as connection:
             if not read_only:
+                if self._path is None:  # two processes may find an empty database at once
+                    connection.execute(sa.text("SELECT pg_advisory_xact_lock(:space, 0)"), {"space": LOCK_SPACE})
                 bring_up_to_date(connection, where=self.where)
             elif not sa.inspect(connection).has_table(meta.name):
                 raise StoreError(f"{self.where} holds no ocrmem store. Give the path of one, or open it for writing.")
