@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -64,7 +65,10 @@ def command(
     messages = [] if history is None else read_history(history)
     in_terminal = question is None and sys.stdin.isatty()
     if store is None and in_terminal and not no_store:
-        store = default_store()
+        if importlib.util.find_spec("sqlalchemy") is None:
+            print("this conversation is not kept; pip install 'ocrmem[store]' to have it kept.", file=sys.stderr)
+        else:
+            store = default_store()
     settings = growing_settings(budget, recall, ledger)
     with contextlib.ExitStack() as stack:
         opened = None if store is None else stack.enter_context(open_store(store))
