@@ -8,7 +8,7 @@
     python benchmarks/memory.py densities   # what a page at half the width still tells the LLM
 
 Each writes `benchmarks/results/memory-NAME.json`. A turn is a question and a reply of a held-out encyclopaedia lead,
-about 120 tokens together; the timings are of the adapter given by `--adapter`, on two cores.
+about 120 tokens together; the timings are CPU seconds of the adapter given by `--adapter`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def turns() -> Iterator[tuple[Message, Message]]:
 
 
 class Clock:
-    """Seconds spent in some functions, by name."""
+    """CPU seconds spent in some functions, by name; other processes on the same cores change them little."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -76,11 +76,11 @@ class Clock:
         function = getattr(owner, attribute)
 
         def timed(*arguments: Any, **options: Any) -> Any:
-            started = time.perf_counter()
+            started = time.process_time()
             try:
                 return function(*arguments, **options)
             finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
 
         setattr(owner, attribute, timed)
 
@@ -296,14 +296,15 @@ def measure_identifiers(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure_densities(arguments: argparse.Namespace) -> dict[str, Any]:
     """Nats a token of the second half of a sentence that stands on a page of each density, its first half given."""
     model, processor = load(arguments.adapter)
-    documents = read_documents(resolve("wiki-leads") / "heldout.jsonl")[: arguments.samples]
+    documents = read_documents(resolve("wiki-leads") / "heldout.jsonl")
     nats: dict[str, list[float]] = {"1.0": [], "0.75": [], "0.5": [], "left out": []}
     tokens: dict[str, list[int]] = {name: [] for name in nats}
-    for document in documents:
+    for number, document in enumerate(documents[: arguments.samples]):
         memory = Memory(model, processor, settings=GrowingSettings(densities=(1.0, 0.75, 0.5), ledger_share=0.0))
         text = document.text[:900]
+        others = " ".join(other.text for other in documents[number + 1 : number + 6])[:2000]
         memory.extend([Message("user", "Tell me something."), Message("assistant", text), Message("user", "Go on.")])
-        memory.append(Message("assistant", documents[len(nats["1.0"]) - 1].text[:1500]))
+        memory.append(Message("assistant", others))
         sentence = text.partition(". ")[0]
         half = sentence.rfind(" ", 0, len(sentence) // 2)
         if half < 20 or len(sentence) > 300:

@@ -23,10 +23,11 @@ class GrowingSettings:
     recall_by: Literal["bm25", "attention"] = "bm25"
     """How the pages of `recall` are found: by BM25 over their text, or by the LLM's attention over memory tokens,
     which costs a second reading of the prompt and knows no page that was left out."""
-    densities: tuple[float, ...] = (1.0, 0.5)
+    densities: tuple[float, ...] = (1.0,)
     """Width of a character on the pages of each level, relative to the adapter's own pages. New pages are of the first
     level; where the memory outgrows its budget, the oldest are drawn again at the next, and left out after the last.
-    `(1.0,)`: never denser."""
+    `(1.0, 0.5)`: the older half of the budget holds twice the text, for an adapter that was trained on both; the
+    shipped ones were not, and read nothing from a denser page (`docs/log.md`)."""
 
     def __post_init__(self) -> None:
         if self.budget_tokens < 1:
