@@ -20,10 +20,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any, Self
 
 from ocrmem.errors import StoreBusyError, StoreError
 from ocrmem.memory.store_lock import WriterLock, lock_by, lock_file
@@ -41,6 +38,9 @@ from ocrmem.memory.store_schema import (
     schema_version,
 )
 from ocrmem.types import Message
+
+if TYPE_CHECKING:
+    import torch  # slow to import, and of no use to a listing or an export
 
 log = logging.getLogger(__name__)
 
@@ -421,6 +421,8 @@ def _advice(reason: str) -> str:
 
 
 def _packed(features_VE: torch.Tensor) -> dict[str, Any]:
+    import torch
+
     array = features_VE.cpu().contiguous()
     data = array.view(torch.uint8).numpy().tobytes()
     return {
@@ -434,12 +436,14 @@ def _packed(features_VE: torch.Tensor) -> dict[str, Any]:
 
 def _unpacked(row: Any) -> torch.Tensor | None:
     """features_VE; None where they are missing or damaged, so that the page is encoded again."""
+    import torch
+
     dtype = getattr(torch, row.dtype or "", None)
     if row.data is None or not isinstance(dtype, torch.dtype) or zlib.crc32(row.data) != row.crc32:
         return None
     if len(row.data) != row.num_rows * row.width * dtype.itemsize:
         return None
-    flat = torch.from_numpy(np.frombuffer(row.data, dtype=np.uint8).copy())
+    flat = torch.frombuffer(bytearray(row.data), dtype=torch.uint8)
     return flat.view(dtype).reshape(row.num_rows, row.width)
 
 
