@@ -45,8 +45,9 @@ from ocrmem.session.memory import Memory
 from ocrmem.types import Message
 
 ROOT = Path(__file__).resolve().parents[1]
-WINDOW = 20
-"""Turns over which the work is averaged: it is higher where a page becomes full."""
+WINDOWS = {10: 12, 1000: 36}
+"""Turns over which the work is averaged, around turn 10 and turn 1,000. It is higher where a page becomes full, and much
+higher where the budget is full and the prompt's front changes, which happens about once in a dozen turns."""
 REPLY_CHARACTERS = 420
 """Longest reply of a turn."""
 
@@ -116,18 +117,18 @@ def measure_turns(arguments: argparse.Namespace) -> dict[str, Any]:
     windows = {}
     source = turns()
     number = 0
-    for centre in (10, 1000):
-        first = max(centre - WINDOW // 2, 6)
+    for centre, window in WINDOWS.items():
+        first = max(centre - window // 2, 6)
         while number < first - 2:
             memory.extend(next(source))
             number += 1
         for _ in range(2):  # catches up, and warms the caches
             one_turn(memory, clock, next(source))
             number += 1
-        measured = [one_turn(memory, clock, next(source)) for _ in range(WINDOW)]
-        number += WINDOW
+        measured = [one_turn(memory, clock, next(source)) for _ in range(window)]
+        number += window
         windows[str(centre)] = {
-            "turns": [first + 1, first + WINDOW],
+            "turns": [first + 1, first + window],
             "mean": {key: statistics.fmean(each[key] for each in measured) for key in measured[0]},
             "median": {key: statistics.median(each[key] for each in measured) for key in measured[0]},
             "worst": {key: max(each[key] for each in measured) for key in measured[0]},

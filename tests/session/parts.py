@@ -68,7 +68,7 @@ def shared_model(family: str = "llama") -> MEMModel:
 def make_memory(model: MEMModel | None = None, *, budget: int = 640, **options: Any) -> Memory:
     """A memory on a small model; keyword arguments are settings of the budget, or `Memory`'s own."""
     model = model or shared_model()
-    options.setdefault("densities", (1.0, 0.5))
+    options = {"densities": (1.0, 0.5), "ledger_share": 0.125, **options}
     own = {name: options.pop(name) for name in ("store", "conversation", "reencode", "wait") if name in options}
     processor = MEMProcessor.from_model(model, tokenizer=shared_tokenizer())
     return Memory(model, processor, settings=GrowingSettings(budget_tokens=budget, **options), **own)

@@ -371,7 +371,7 @@ class Memory:
             [page.key],
             store=processor.store,
             dtype=processor.feature_dtype,
-            device=self.model.proj.linear1.weight.device,
+            device=next(self.model.proj.parameters()).device,
         )
         return features_PVE[0].cpu()
 

@@ -104,7 +104,7 @@ class PrefixReader:
         pages = [
             (key, len(list(group))) for (key, _), group in groupby(slot for slot in slots if isinstance(slot, tuple))
         ]
-        device = model.proj.linear1.weight.device
+        device = next(model.proj.parameters()).device
         inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=device)}
         if pages:
             inputs["features"] = torch.stack([features[key] for key, _ in pages]).to(device)
