@@ -46,8 +46,8 @@ from ocrmem.types import Message
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOWS = {10: 12, 1000: 36}
-"""Turns over which the work is averaged, around turn 10 and turn 1,000. It is higher where a page becomes full, and much
-higher where the budget is full and the prompt's front changes, which happens about once in a dozen turns."""
+"""Turns over which the work is averaged, around turn 10 and turn 1,000. It is higher where a page becomes full, and
+much higher where the budget is full and the prompt's front changes, which happens about once in a dozen turns."""
 REPLY_CHARACTERS = 420
 """Longest reply of a turn."""
 
@@ -218,12 +218,13 @@ def measure_pages(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def target_nats(memory: Memory, question: str, target: str) -> tuple[float, bool]:
-    """Nats a token of a target as the reply's beginning, and whether its tokens are the likeliest one by one."""
+def target_nats(memory: Memory, question: str, before: str, target: str) -> tuple[float, bool]:
+    """Nats a token of a target behind the reply's given beginning, and whether each of its tokens is the likeliest."""
     processor = memory.processor
     prompt = memory.prompt(question)
-    ids = processor.chat_format.ids(processor.chat_format.clean(target))
-    logits = [memory._reader.read(prompt.slots, memory._features)]
+    start = processor.chat_format.ids(processor.chat_format.clean(before.rstrip()))
+    ids = processor.chat_format.ids(processor.chat_format.clean(" " * (before != before.rstrip()) + target))
+    logits = [memory._reader.read([*prompt.slots, *start], memory._features)]
     logits += [memory._reader.step(token) for token in ids[:-1]]
     scores = torch.stack(logits)
     wanted = torch.tensor(ids)
@@ -233,8 +234,8 @@ def target_nats(memory: Memory, question: str, target: str) -> tuple[float, bool
 def measure_identifiers(arguments: argparse.Namespace) -> dict[str, Any]:
     """Identifiers of held-out conversations: kept in the ledger; and given back by the LLM, ledger on and off.
 
-    The LLM is asked to repeat an identifier of which it is told what stood before it; that it begins its reply with
-    it, token by token the likeliest, counts.
+    The LLM is asked to repeat a sentence, whose beginning is given up to the identifier; that the identifier comes next,
+    each of its tokens the likeliest, counts as given back.
     """
     model, processor = load(arguments.adapter)
     conversations = read_conversations(resolve("chitchat") / "heldout.jsonl").conversations
@@ -266,9 +267,9 @@ def measure_identifiers(arguments: argparse.Namespace) -> dict[str, Any]:
             if text not in listed:
                 continue
             before = content[: content.index(text)][-80:] if text in content else ""
-            question = f'Which name or number came after "{before.strip()}"? It begins with "{text[:2]}".'
+            question = "Repeat word for word a sentence from earlier in this conversation."
             for name, memory in memories.items():
-                loss, right = target_nats(memory, question, text)
+                loss, right = target_nats(memory, question, f'"{before}', text)
                 exact[name].append(right)
                 nats[name].append(loss)
                 verbatim[name].append(text in memory.prompt(question).text.rpartition(question[:20])[0])

@@ -23,7 +23,7 @@ from ocrmem.errors import ConfigError
 from ocrmem.render.renderer import Renderer, render_identity
 from ocrmem.types import Page
 
-KEPT = 0.6
+KEPT = 0.45
 """Share of the budget that is left in use when it was exceeded. The pages, and with them the LLM's cached keys and
 values, then stay as they are until the rest of it is full again; the prompt's front is read anew as rarely."""
 FEWEST_PAGES = 4

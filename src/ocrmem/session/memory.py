@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LEDGER_OF_REPLACED = 8
+"""A ledger takes at most this part of the text tokens that the memory replaces: one eighth of a short memory's text."""
 LEDGER_HEADING = "Exact names and numbers from it, newest first: "
 RECALL_HEADING = "Quoted from it:\n"
 
@@ -384,7 +386,7 @@ class Memory:
 
     def _ledger_text(self, counts: TokenCounts) -> str:
         replaced = counts.ends[self._in_memory] - counts.ends[self._num_system]
-        budget = min(self.settings.ledger_tokens, int(replaced * self.settings.ledger_share))
+        budget = min(self.settings.ledger_tokens, replaced // LEDGER_OF_REPLACED)
         return self._ledger.text(budget) if budget else ""
 
     def _recalled(self, question: str, counts: TokenCounts, pages: Sequence[MemoryPage], ledger: str) -> str:
