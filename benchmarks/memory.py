@@ -234,8 +234,8 @@ def target_nats(memory: Memory, question: str, before: str, target: str) -> tupl
 def measure_identifiers(arguments: argparse.Namespace) -> dict[str, Any]:
     """Identifiers of held-out conversations: kept in the ledger; and given back by the LLM, ledger on and off.
 
-    The LLM is asked to repeat a sentence, whose beginning is given up to the identifier; that the identifier comes next,
-    each of its tokens the likeliest, counts as given back.
+    The LLM is asked to repeat a sentence, whose beginning is given up to the identifier; that the identifier comes
+    next, each of its tokens the likeliest, counts as given back.
     """
     model, processor = load(arguments.adapter)
     conversations = read_conversations(resolve("chitchat") / "heldout.jsonl").conversations
