@@ -222,6 +222,25 @@ def test_an_interrupted_forward_leaves_no_half_cache(monkeypatch):
     assert (memory.logits("Another one?") - fresh.logits("Another one?")).abs().max() <= 1e-4
 
 
+def test_an_interrupted_growth_is_begun_anew(monkeypatch):
+    memory = make_memory()
+    memory.extend(talk(60))
+    memory.logits(QUESTION)
+    memory.extend(talk(50, start=60))
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(memory._ledger, "add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            memory.logits(QUESTION)
+    fresh = make_memory()
+    fresh.extend(talk(110))
+    assert (memory.logits(QUESTION) - fresh.logits(QUESTION)).abs().max() <= 1e-4
+    assert memory.prompt(QUESTION).ledger == fresh.prompt(QUESTION).ledger
+
+
 def test_forgetting_the_newest_messages():
     memory = make_memory()
     memory.extend(talk(50))

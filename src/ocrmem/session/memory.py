@@ -277,7 +277,8 @@ class Memory:
         """
         kept = self._messages[:keep]
         chars = len(history_text(kept[num_leading_system(kept) :]))
-        features = {page.key: self._features[page.key] for page in self._pages.full if page.end <= chars}
+        whole = {page.key for page in self._pages.full if page.end <= chars}
+        features = {key: features_VE for key, features_VE in self._features.items() if key in whole}
         if self._keeper is not None:
             self._keeper.forget(keep=len(kept))
         self._reader.forget()
@@ -286,7 +287,6 @@ class Memory:
         self._take(kept)
 
     def _start_empty(self) -> None:
-        processor, settings = self.processor, self.settings
         self._messages: list[Message] = []
         self._ends: list[int] = [0]
         """Tokens of the first i messages."""
@@ -294,9 +294,14 @@ class Memory:
         """Characters of the first i messages on pages, leading system messages left out."""
         self._last_user: list[int] = [-1]
         self._num_system = 0
-        self._in_memory = 0
-        """Messages, leading system messages included, that have become memory."""
         self._features: dict[str, torch.Tensor] = {}
+        self._start_memory()
+
+    def _start_memory(self) -> None:
+        """Let no message be memory yet; features stay, so that the same pages need not be encoded again."""
+        processor, settings = self.processor, self.settings
+        self._in_memory = self._num_system
+        """Messages, leading system messages included, that have become memory."""
         self._pages = GrowingPages(
             processor.encoder,
             densities=settings.densities,
@@ -345,11 +350,15 @@ class Memory:
         if recent > self._in_memory:
             turns = self._messages[self._in_memory : recent]
             before = self._pages.left_out
-            self._pages.append(history_text(turns))
-            for turn in turns:
-                self._ledger.add(turn.content)
+            try:
+                self._pages.append(history_text(turns))
+                for turn in turns:
+                    self._ledger.add(turn.content)
+                self._leave_out(before)
+            except BaseException:  # Ctrl-C comes at any time; half of it would be neither here nor there
+                self._start_memory()
+                raise
             self._in_memory = recent
-            self._leave_out(before)
         missing = {page.key: page for page in self._pages.pages if page.key not in self._features}
         for page in missing.values():
             self._features[page.key] = self._encoded(page)
