@@ -13,7 +13,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt src/ocrmem/render/_bl
 	  { echo "ocrmem needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,plot,tensorboard]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,plot,postgres,recall,store,tensorboard]'
 	@touch $@
 
 demo: env

@@ -20,6 +20,7 @@ FLOORS = [
     {"memory"},
     {"model"},
     {"data"},
+    {"session"},
     {"gradflow"},
     {"training"},
     {"evaluation"},

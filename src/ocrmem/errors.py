@@ -61,3 +61,15 @@ class GradientFlowError(OcrmemError):
 
 class TrainingError(OcrmemError):
     """A training run cannot go on."""
+
+
+class StoreError(OcrmemError):
+    """A store of conversations cannot be opened, read or written. What was acknowledged is still there."""
+
+
+class StoreBusyError(StoreError):
+    """Another process is writing the conversation."""
+
+
+class StoreMismatchError(StoreError):
+    """A stored conversation's pages were made with another encoder, LLM or page settings."""

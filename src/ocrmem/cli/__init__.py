@@ -13,7 +13,7 @@ import sys
 import typer
 
 from ocrmem import __version__
-from ocrmem.cli import chat, doctor, eval, fetch, params, render, train, tune_page
+from ocrmem.cli import chat, doctor, eval, fetch, params, render, store, train, tune_page
 from ocrmem.errors import OcrmemError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("render")(render.command)
 app.command("train")(train.command)
 app.command("eval")(eval.command)
 app.command("chat")(chat.command)
+app.add_typer(store.app, name="store")
 app.command("doctor")(doctor.command)
 app.command("tune-page")(tune_page.command)
 

@@ -1,17 +1,21 @@
-"""`ocrmem chat`: talk to an LLM whose long history is a visual memory."""
+"""`ocrmem chat`: talk to an LLM whose long history is a visual memory that grows."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from ocrmem.data.processor import MEMProcessor
-    from ocrmem.model.mem_model import MEMModel
+    from ocrmem.config.growing import GrowingSettings
+    from ocrmem.memory.store import MemoryStore
+    from ocrmem.session.memory import Memory
     from ocrmem.types import Message
 
 
@@ -25,6 +29,21 @@ def command(
         str | None,
         typer.Option("--question", "-q", help="Ask this and exit. None: read questions from the terminal."),
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep the conversation here and go on with it: an SQLite file or a PostgreSQL URL. None: in the "
+            "terminal a file of the user's own; with --question or piped questions nothing is kept."
+        ),
+    ] = None,
+    no_store: Annotated[bool, typer.Option("--no-store", help="Keep nothing, in the terminal either.")] = False,
+    conversation: Annotated[str, typer.Option(help="Its name in the store.")] = "default",
+    reencode: Annotated[
+        bool, typer.Option("--reencode", help="Draw and encode pages again that another adapter made.")
+    ] = False,
+    budget: Annotated[int, typer.Option(help="Most tokens of the memory in a prompt.")] = 2048,
+    recall: Annotated[int, typer.Option(help="Pages expanded back into text for each question; 0: none.")] = 0,
+    ledger: Annotated[bool, typer.Option(help="Keep names and numbers as text beside the pages.")] = True,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
@@ -32,36 +51,76 @@ def command(
 ) -> None:
     """Answer questions on a conversation, its older part read through the visual memory.
 
-    What became memory, and at which ratio, is said on stderr.
+    In the terminal the conversation is kept, message by message, and the next call goes on with it; /help lists what
+    can be typed besides questions. What became memory, and at which ratio, is said on stderr.
     """
-    from ocrmem.data.processor import MEMProcessor
+    from ocrmem.cli.chat_terminal import Terminal, default_store
     from ocrmem.errors import ConfigError
-    from ocrmem.model.mem_model import MEMModel
-    from ocrmem.types import Message
+    from ocrmem.session.memory import Memory
 
     if history == "-" and question is None:
         raise ConfigError("the history comes from stdin, so questions cannot: give one with --question.")
+    if store is not None and no_store:
+        raise ConfigError("--store and --no-store were both given; give one.")
     messages = [] if history is None else read_history(history)
-    model = MEMModel.from_pretrained(adapter, device=device)
-    processor = MEMProcessor.from_model(model)
-    if question is not None:
-        answer(model, processor, [*messages, Message("user", question)], max_new_tokens, temperature, as_json)
-        return
-    while (line := read_question()) is not None:
-        messages.append(Message("user", line))
-        reply = answer(model, processor, messages, max_new_tokens, temperature, as_json)
-        messages.append(Message("assistant", reply))
+    in_terminal = question is None and sys.stdin.isatty()
+    if store is None and in_terminal and not no_store:
+        if importlib.util.find_spec("sqlalchemy") is None:
+            print("this conversation is not kept; pip install 'ocrmem[store]' to have it kept.", file=sys.stderr)
+        else:
+            store = default_store()
+    settings = growing_settings(budget, recall, ledger)
+    with contextlib.ExitStack() as stack:
+        opened = None if store is None else stack.enter_context(open_store(store))
+        memory = stack.enter_context(
+            Memory.from_adapter(
+                adapter, device=device, settings=settings, store=opened, conversation=conversation, reencode=reencode
+            )
+        )
+        begin(memory, messages, conversation)
+        terminal = Terminal(
+            memory,
+            name=conversation,
+            where=None if opened is None else opened.where,
+            answer=lambda asked: answer(memory, asked, max_new_tokens, temperature, as_json),
+        )
+        if question is not None:
+            terminal.answer(question)
+        else:
+            terminal.run(interactive=in_terminal)
 
 
-def read_question() -> str | None:
-    """The next non-empty line from the terminal or stdin; None at its end."""
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return None
-        if line:
-            return line
+def open_store(where: str) -> MemoryStore:
+    """The store at a path or URL, made if need be."""
+    from ocrmem.memory.store import MemoryStore
+
+    return MemoryStore(where)
+
+
+def growing_settings(budget: int, recall: int, ledger: bool) -> GrowingSettings:
+    """The budget's settings from the command line."""
+    from ocrmem.config.growing import GrowingSettings
+
+    settings = GrowingSettings(budget_tokens=budget, recall=recall)
+    return settings if ledger else dataclasses.replace(settings, ledger_share=0.0)
+
+
+def begin(memory: Memory, history: list[Message], name: str) -> None:
+    """Let the conversation begin with a history, unless it does already.
+
+    Raises:
+        DataError: the conversation has other messages.
+    """
+    from ocrmem.errors import DataError
+
+    there = memory.messages
+    if not there:
+        memory.extend(history)
+    elif there[: len(history)] != history:
+        raise DataError(
+            f"conversation {name!r} has {len(there)} messages already, and does not begin with the history given. Give "
+            "another name with --conversation, or leave the history out to go on."
+        )
 
 
 def read_history(source: str) -> list[Message]:
@@ -84,34 +143,17 @@ def read_history(source: str) -> list[Message]:
     return parse_history(text, source=source)
 
 
-def answer(
-    model: MEMModel,
-    processor: MEMProcessor,
-    messages: list[Message],
-    max_new_tokens: int,
-    temperature: float,
-    as_json: bool,
-) -> str:
-    """Generate one reply, streaming it to stdout unless JSON is wanted."""
-    from transformers import TextStreamer
-
-    prompt = processor.prompt(messages)
-    if not as_json:
-        print(prompt.split.summary(), file=sys.stderr)
-    batch = processor([messages], device=model.device)
-    streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
-    ids = model.generate(
-        **batch,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=processor.pad_token_id,
-        streamer=streamer,
-        **sampling,
-    )
-    new_ids = ids[0, batch["input_ids"].shape[1] :]
-    reply = str(processor.tokenizer.decode(new_ids, skip_special_tokens=True)).strip()
+def answer(memory: Memory, question: str | None, max_new_tokens: int, temperature: float, as_json: bool) -> None:
+    """One reply, streamed to stdout unless JSON is wanted; None answers the conversation's last message."""
+    prompt = memory.prompt(question)
+    pieces = memory.reply(question, stream=True, max_new_tokens=max_new_tokens, temperature=temperature)
     if as_json:
-        print(json.dumps({"answer": reply, "pages": len(prompt.pages), **prompt.split.as_json()}), flush=True)
-    return reply
+        reply = "".join(pieces).strip()
+        print(json.dumps({"answer": reply, **prompt.as_json()}), flush=True)
+        return
+    print(prompt.summary(), file=sys.stderr)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)

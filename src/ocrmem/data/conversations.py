@@ -63,9 +63,7 @@ def read_conversations(
                     continue
                 source = f"{path}:{number}"
                 try:
-                    conversations.append(
-                        parse_conversation(_parse_line(line, source, first=number == 1), source=source)
-                    )
+                    conversations.append(parse_conversation(parse_line(line, source, first=number == 1), source=source))
                 except DataError as error:
                     if not skip_bad_lines:
                         raise
@@ -84,7 +82,12 @@ def read_conversations(
     return ConversationFile(conversations, bad_lines)
 
 
-def _parse_line(line: bytes, source: str, *, first: bool) -> Any:
+def parse_line(line: bytes, source: str, *, first: bool) -> Any:
+    """The JSON value of one line of a file; the first may begin with a byte order mark.
+
+    Raises:
+        DataError: it is no UTF-8, or no JSON.
+    """
     line = line.rstrip(b"\r\n")
     if first:
         line = line.removeprefix(b"\xef\xbb\xbf")

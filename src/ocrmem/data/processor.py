@@ -92,8 +92,8 @@ class MEMProcessor:
         self.feature_dtype: torch.dtype = getattr(torch, memory.feature_dtype)
         self._renderer = Renderer(encoder.page)
         self._history_pages = HistoryPages(self._renderer)
-        self._encoder_identity = encoder.identity()
-        self._render_identity = render_identity(encoder.page)
+        self.encoder_identity = encoder.identity()
+        self.render_identity = render_identity(encoder.page)
 
     @classmethod
     def from_model(
@@ -183,12 +183,16 @@ class MEMProcessor:
         """Placeholders of the smallest memory there is: a page with one character."""
         return sum(map(self.encoder.num_tokens, self._renderer.pages("a")))
 
-    def page_key(self, page_text: str) -> str:
-        """Key of a page's features in a `FeatureStore`."""
+    def page_key(self, page_text: str, render_identity: str | None = None) -> str:
+        """Key of a page's features in a `FeatureStore`.
+
+        Args:
+            render_identity: of other page settings than the encoder's own.
+        """
         return page_key(
             page_text,
-            encoder_identity=self._encoder_identity,
-            render_identity=self._render_identity,
+            encoder_identity=self.encoder_identity,
+            render_identity=render_identity or self.render_identity,
             dtype=self.feature_dtype,
         )
 

@@ -20,6 +20,7 @@ import regex
 import torch
 
 from ocrmem.data.processor import MEMProcessor, stack_pages
+from ocrmem.evaluation.exact_arms import EXACT_ARMS, RECALL_ARMS, exact_context
 from ocrmem.evaluation.probes import Probe
 from ocrmem.evaluation.rivals import Rival, history_slots
 from ocrmem.memory.features import encode_pages
@@ -78,6 +79,7 @@ class Contexts:
         "bm25",
         "memory",
         "half-memory-half-bm25",
+        *EXACT_ARMS,
         "shuffled-memory",
         "other-memory",
     )
@@ -129,6 +131,12 @@ class Contexts:
             return Context(
                 self.snippets(index, budget - newest.num_tokens), newest.features_PVE, newest.page_num_tokens
             )
+        if arm in EXACT_ARMS:
+            assert memory.features_PVE is not None
+            text_ids, features_PVE, page_num_tokens = exact_context(
+                arm, self.probes[index], memory.features_PVE, memory.page_num_tokens, processor=self.processor
+            )
+            return Context(text_ids, features_PVE, page_num_tokens)
         if arm == "shuffled-memory":
             order = np.random.default_rng([self.seed, index]).permutation(budget).tolist()
             return Context(features_PVE=memory.features_PVE, page_num_tokens=memory.page_num_tokens, order=order)
@@ -202,7 +210,7 @@ def arms_left_out() -> list[tuple[str, str]]:
     if bm25s is not None:
         return []
     reason = "the package bm25s is not installed; pip install ocrmem[eval]"
-    return [("bm25", reason), ("half-memory-half-bm25", reason)]
+    return [(arm, reason) for arm in ("bm25", "half-memory-half-bm25", *RECALL_ARMS)]
 
 
 def _newest(memory: Context, budget: int) -> Context:

@@ -1,7 +1,7 @@
 """How one LLM's chat template writes a conversation, with the memory in its place.
 
 ```
-[system: its text, header, placeholders] [recent turns] [start of the reply]
+[system: its text, header, placeholders, exact part] [recent turns] [start of the reply]
 ```
 """
 
@@ -72,18 +72,26 @@ class ChatFormat:
         self.default_system = self._default_system()
         self.num_reply_tail = self._num_reply_tail()
 
-    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool, num_placeholders: int = 0) -> str:
+    def text(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        num_placeholders: int = 0,
+        after_memory: str = "",
+    ) -> str:
         """The messages as the template writes them, with the memory's header and placeholders in front.
 
         Args:
             messages: leading system messages and the turns that stay text; at least one.
             add_generation_prompt: end with the start of an assistant turn.
             num_placeholders: memory tokens; 0: no memory and no header.
+            after_memory: text behind the placeholders, in the same turn; it goes where they go.
 
         Raises:
             DataError: the template refuses the messages.
         """
-        turns = self._turns(messages, num_placeholders)
+        turns = self._turns(messages, num_placeholders, after_memory)
         try:
             return str(
                 self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -97,14 +105,14 @@ class ChatFormat:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of text that `text` wrote."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def content_lengths(self, contents: Sequence[str]) -> list[int]:
         """Tokens of each content, without its turn's own."""
         if not contents:
             return []
         cleaned = list(map(self.clean, contents))
-        return [len(ids) for ids in self.tokenizer(cleaned, add_special_tokens=False)["input_ids"]]
+        return [len(ids) for ids in self.tokenizer(cleaned, add_special_tokens=False, verbose=False)["input_ids"]]
 
     @functools.cached_property
     def overheads(self) -> dict[Role, int]:
@@ -148,12 +156,12 @@ class ChatFormat:
     def _length(self, messages: Sequence[Message]) -> int:
         return len(self.ids(self.text(messages, add_generation_prompt=True)))
 
-    def _turns(self, messages: Sequence[Message], num_placeholders: int) -> list[dict[str, str]]:
+    def _turns(self, messages: Sequence[Message], num_placeholders: int, after_memory: str) -> list[dict[str, str]]:
         num_system = num_leading_system(messages)
         system = [self.clean(message.content) for message in messages[:num_system]]
         turns = [self._turn(message) for message in messages[num_system:]]
         if num_placeholders:
-            memory = self.header + self.memory_token * num_placeholders
+            memory = self.header + self.memory_token * num_placeholders + self.clean(after_memory)
             before = system.pop() if system else self.default_system
             system.append(f"{before}\n\n{memory}" if before else memory)
         if self.merges_turns:

@@ -175,7 +175,7 @@ def split_prompt(counts: TokenCounts, end: int, *, settings: MemorySettings) -> 
     """
     ends, num_system = counts.ends, counts.num_system
     prompt_tokens = counts.prompt_tokens(end)
-    recent_start = _recent_start(counts, end, settings.recent_tokens)
+    recent_start = find_recent_start(counts, end, settings.recent_tokens)
     if prompt_tokens <= settings.context_threshold:
         recent_start = num_system
     history_start = num_system
@@ -202,7 +202,7 @@ def split_prompt(counts: TokenCounts, end: int, *, settings: MemorySettings) -> 
     )
 
 
-def _recent_start(counts: TokenCounts, end: int, recent_tokens: int) -> int:
+def find_recent_start(counts: TokenCounts, end: int, recent_tokens: int) -> int:
     """Index of the first turn that stays text."""
     ends = counts.ends
     start = bisect_left(ends, ends[end] - recent_tokens, lo=counts.num_system, hi=end)

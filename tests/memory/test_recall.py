@@ -1,0 +1,59 @@
+"""Recall: the passages that a question is about, back as text."""
+
+import numpy as np
+import pytest
+
+from ocrmem.errors import ConfigError
+from ocrmem.memory.recall import PageIndex, Passages, best, load_bm25s, recalled_text
+
+PAGES = [
+    "user: My dog is called Bruno. He is 9 years old.\n",
+    "assistant: The weather will be fine. Take a hat.\n",
+    "user: The train leaves at gate 7. It costs 12 euros.\n",
+]
+
+
+def words(texts):
+    return [len(text.split()) for text in texts]
+
+
+def test_the_page_that_shares_words_comes_first():
+    index = PageIndex()
+    assert best(index.scores(PAGES, "What is the dog called?"), 2)[0] == 0
+    assert best(index.scores(PAGES, "At which gate, 7 or 8?"), 3) == [2]
+    assert best(index.scores(PAGES, "Nothing shared whatsoever"), 3) == []
+    assert best(index.scores([*PAGES, "user: The dog is gone.\n"], "the dog"), 1) == [3]
+    assert best(index.scores([], "dog"), 1) == []
+    assert best(index.scores(["...", "\n"], "dog"), 1) == []
+
+
+def test_equal_scores_give_the_newest():
+    assert best(np.array([1.0, 1.0, 0.0]), 3) == [1, 0]
+
+
+def test_sentences_within_the_budget_in_their_order():
+    text = recalled_text(PAGES, "What costs 12 euros, and who is called Bruno?", budget=12, count_tokens=words)
+    assert text == "user: My dog is called Bruno.\nIt costs 12 euros."
+    assert recalled_text(PAGES, "train", budget=1, count_tokens=words) == ""
+    assert recalled_text([], "train", budget=9, count_tokens=words) == ""
+
+
+def test_passages_hold_all_of_the_text_and_break_between_words():
+    passages = Passages(20)
+    text = "".join(f"line {n} is here\n" for n in range(40)) + "x" * 50
+    for start in range(0, len(text), 7):
+        passages.append(text[start : start + 7])
+    assert "".join(passages.all) == text
+    assert max(map(len, passages.all)) <= 20
+    assert all(piece[-1] in " \n" for piece in passages.all if "x" not in piece)
+    whole = Passages(20)
+    whole.append(text)
+    assert whole.all == passages.all
+
+
+def test_without_bm25s_it_is_said(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bm25s", None)
+    with pytest.raises(
+        ConfigError, match=r"bm25s is not installed: pip install 'ocrmem\[recall\]', or set recall to 0"
+    ):
+        load_bm25s()
