@@ -71,13 +71,13 @@ class Projection(nn.Module):
                 num_heads=settings.num_heads,
                 mlp_ratio=settings.mlp_ratio,
             )
-        self.merge = nn.ModuleList(
+        matrices = [
             nn.Linear(embedding_width, embedding_width, bias=False, dtype=torch.float32)
             for _ in range(settings.pieces if settings.merge else 0)
-        )
-        for number, matrix in enumerate(self.merge):
-            with torch.no_grad():
-                matrix.weight.copy_(torch.eye(embedding_width) if number == 0 else torch.zeros(()))
+        ]
+        for number, matrix in enumerate(matrices):
+            (nn.init.zeros_ if number else nn.init.eye_)(matrix.weight)
+        self.merge = nn.ModuleList(matrices)
         self.gain_D = nn.Parameter(torch.ones(embedding_width, dtype=torch.float32)) if settings.gain else None
         self.register_buffer("embedding_rms", torch.tensor(embedding_rms, dtype=torch.float32))
 

@@ -29,7 +29,7 @@ from ocrmem.memory.ledger import Ledger
 from ocrmem.memory.recall import PageIndex, Passages, best, recalled_text
 from ocrmem.memory.split import Split, TokenCounts, find_recent_start
 from ocrmem.model.mem_model import MEMModel
-from ocrmem.render.renderer import save_png
+from ocrmem.render.files import save_png
 from ocrmem.session.prompt import MemoryPrompt, MemoryTokens, fitted
 from ocrmem.session.reader import PrefixReader
 from ocrmem.session.replies import Decoder
