@@ -120,7 +120,13 @@ def test_an_arm_without_its_package_is_named_and_left_out(contexts, monkeypatch)
 
 
 SMALL = EvalSettings(
-    samples=2, next_turn_samples=2, reading_chars=(200,), history_chars=900, answer_tokens=4, seeds=(0, 1)
+    samples=2,
+    next_turn_samples=2,
+    reading_chars=(200,),
+    history_chars=900,
+    answer_tokens=4,
+    seeds=(0, 1),
+    cost_repeats=1,
 )
 
 

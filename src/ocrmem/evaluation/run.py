@@ -66,6 +66,8 @@ class EvalSettings:
     """Lengths of the reading probes."""
     history_chars: int = 2048
     """Longest history of the other probes."""
+    cost_repeats: int = 5
+    """How often each part of the cost is timed, after one run that is not counted."""
     answer_tokens: int = 48
     """Longest answer to a question."""
     conversations: str = "chitchat/heldout.jsonl"
@@ -364,9 +366,9 @@ class _Run:
         return row
 
     @torch.no_grad()
-    def cost(self, conversations: Sequence[Conversation], *, repeats: int = 5) -> list[dict[str, Any]]:
+    def cost(self, conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
         """Medians of what one history of the longest kind costs, part by part, batch 1."""
-        chars = self.settings.history_chars
+        chars, repeats = self.settings.history_chars, self.settings.cost_repeats
         (probe,) = probes.next_turn_probes(
             conversations, n=1, seed=0, max_history_chars=chars, min_history_chars=chars // 2
         )
