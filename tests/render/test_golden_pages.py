@@ -7,7 +7,7 @@ import random
 import pytest
 
 from ocrmem.config.render import PP_OCR_PAGE, RenderSettings, deepseek_ocr_page
-from ocrmem.render import raster
+from ocrmem.render import native
 from ocrmem.render.renderer import Renderer, render_identity
 
 TWO_X = dataclasses.replace(PP_OCR_PAGE, page_width=1536, page_height=384, cell_width=11)
@@ -68,7 +68,7 @@ def digest(settings: RenderSettings, text: str) -> str:
 def way_to_draw(request, monkeypatch):
     """Pages are the same with the compiled extension, where it was built, and without."""
     if request.param == "numpy alone":
-        monkeypatch.setattr(raster, "_blit", None)
+        monkeypatch.setattr(native, "blit", None)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from uniseg.linebreak import line_break_boundaries
 
 from ocrmem.config.render import PP_OCR_PAGE, RenderSettings, deepseek_ocr_page
-from ocrmem.render import raster
+from ocrmem.render import native
 from ocrmem.render import renderer as renderer_module
 from ocrmem.render.breaking import annex_class
 from ocrmem.render.renderer import Renderer
@@ -106,7 +106,7 @@ def test_the_extension_draws_what_numpy_draws(text, changes):
     renderer = Renderer(dataclasses.replace(SMALL, **changes))
     pages = renderer.pages(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(raster, "_blit", None)
+        patch.setattr(native, "blit", None)
         for page, other in zip(pages, renderer.pages(text), strict=True):
             same(page, other)
 

@@ -1,4 +1,5 @@
-/* Writes a page: background, and the glyphs of its lines. render/raster.py does the same with numpy alone.
+/* Breaks text into lines, as render/layout.py does, and writes a page: background, and the glyphs of its lines, as
+   render/raster.py does with numpy alone.
 
    The extension is optional: where no compiler is at hand it is not built, and the pages are the same, byte for byte. */
 #define PY_SSIZE_T_CLEAN
@@ -99,7 +100,87 @@ static PyObject *draw(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+enum { ENDS, BREAKS, KNOWN, SPACES, HARD, FOUND, NUM_ARRAYS };
+
+/* Break a block into lines until one needs what only Python knows: a tab, or a break that Annex 14 has to be asked about.
+   Four numbers a line go to `found`: its first glyph, one past its last, and whether it starts and ends a paragraph.
+   Returns the number of lines. */
+static Py_ssize_t find_lines(Py_buffer *arrays, Py_ssize_t next_tab, int64_t width, int64_t indent, int keep, int annex,
+                             Py_ssize_t *first, int *opens)
+{
+    const int64_t *ends = arrays[ENDS].buf, *breaks = arrays[BREAKS].buf;
+    const uint8_t *known = arrays[KNOWN].buf, *spaces = arrays[SPACES].buf, *hard = arrays[HARD].buf;
+    int64_t *found = arrays[FOUND].buf;
+    Py_ssize_t count = arrays[ENDS].len / 8, num_breaks = arrays[BREAKS].len / 8, room = arrays[FOUND].len / 32;
+    Py_ssize_t lines = 0, place = 0, beyond = num_breaks; /* breaks before `place` are at `stop` or before it */
+
+    while (place < beyond) { /* those at the first glyph or before it */
+        Py_ssize_t middle = (place + beyond) / 2;
+        if (breaks[middle] <= *first)
+            place = middle + 1;
+        else
+            beyond = middle;
+    }
+    while (*first < count && lines < room) {
+        int64_t limit = (*first ? ends[*first - 1] : 0) + width - (*opens ? indent : 0);
+        Py_ssize_t begin = *first, fits = begin, stop;
+        const uint8_t *forced;
+        while (fits < count && ends[fits] <= limit)
+            fits++;
+        if (next_tab < fits)
+            break;
+        stop = fits > begin ? fits : begin + 1;
+        while (stop < count && spaces[stop])
+            stop++; /* spaces at the end of a line hang over the margin */
+        forced = keep ? memchr(hard + begin, 1, stop - begin) : NULL;
+        if (forced != NULL)
+            stop = forced - hard + 1;
+        else if (stop < count) {
+            while (place < num_breaks && breaks[place] <= stop)
+                place++;
+            if (place > 0 && breaks[place - 1] > begin && (!annex || known[place - 1]))
+                stop = breaks[place - 1];
+            else if (annex)
+                break;
+        }
+        found[4 * lines] = begin;
+        found[4 * lines + 1] = stop;
+        found[4 * lines + 2] = *opens;
+        *opens = keep && hard[stop - 1] == 1;
+        found[4 * lines + 3] = *opens;
+        *first = stop;
+        lines++;
+    }
+    return lines;
+}
+
+static PyObject *break_lines(PyObject *module, PyObject *arguments)
+{
+    Py_buffer arrays[NUM_ARRAYS];
+    Py_ssize_t next_tab, width, indent, first, count, lines = -1;
+    int keep, annex, opens;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y*y*y*y*y*w*nnnppnp", &arrays[ENDS], &arrays[BREAKS], &arrays[KNOWN],
+                          &arrays[SPACES], &arrays[HARD], &arrays[FOUND], &next_tab, &width, &indent, &keep, &annex,
+                          &first, &opens))
+        return NULL;
+    count = arrays[ENDS].len / 8;
+    if (first < 0)
+        PyErr_Format(PyExc_ValueError, "first is %zd, expected 0 or more", first);
+    else if (check(&arrays[SPACES], count, "spaces") == 0 && check(&arrays[HARD], count, "hard") == 0 &&
+             (!annex || check(&arrays[KNOWN], arrays[BREAKS].len / 8, "known") == 0))
+        lines = find_lines(arrays, next_tab, width, indent, keep, annex, &first, &opens);
+    for (int i = 0; i < NUM_ARRAYS; i++)
+        PyBuffer_Release(&arrays[i]);
+    if (lines < 0)
+        return NULL;
+    return Py_BuildValue("nnO", lines, first, opens ? Py_True : Py_False);
+}
+
 static PyMethodDef methods[] = {
+    {"break_lines", break_lines, METH_VARARGS,
+     "break_lines(ends, breaks, known, spaces, hard, found, next_tab, width, indent, keep, annex, first, opens) -> "
+     "(number of lines, first glyph that is in none, whether it starts a paragraph)"},
     {"draw", draw, METH_VARARGS,
      "draw(image, boxes, stops, begins, tops, ids, widths, glyphs, pixels, page_width, height, left, right, background)"},
     {NULL, NULL, 0, NULL},

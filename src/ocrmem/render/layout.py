@@ -19,6 +19,7 @@ import numpy as np
 import regex
 
 from ocrmem.config.render import RenderSettings
+from ocrmem.render import native
 from ocrmem.render.atlas import INVISIBLE, ZERO_WIDTH, Atlas
 from ocrmem.render.bidi import runs_right_to_left
 from ocrmem.render.breaking import (
@@ -38,6 +39,8 @@ from ocrmem.render.shaping import JOINING
 
 CHUNK = 65536
 """Characters laid out at once; text of any length needs memory for one chunk and one page."""
+LINES_AT_ONCE = 1024
+"""Lines that the extension is asked for at once."""
 NUM_CODES = 0x110000
 _COMPLEX = regex.compile(
     r"[\p{M}\p{Cf}\p{Cs}\r\p{Default_Ignorable_Code_Point}\u1100-\u11ff\ua960-\ua97f\ud7b0-\ud7ff"
@@ -244,28 +247,37 @@ class Layout:
             places, known = annex_breaks(block.annex_classes_N)
         keep, indent = self._settings.line_breaks == "keep", self._settings.first_indent
         is_break = classes == BREAK
-        forced_places = np.append(np.flatnonzero(is_break) if keep else np.empty(0, dtype=np.int64), count).data
+        ends_N = np.cumsum(block.widths_N)
         # Single items of a memoryview are read several times faster than those of an array.
-        ends, breaks, offsets = np.cumsum(block.widths_N).data, places.data, block.offsets_N.data
+        ends, breaks, offsets = ends_N.data, places.data, block.offsets_N.data
         spaces, hard = (classes == SPACE).tobytes(), is_break.tobytes()
         tabs = np.append(np.flatnonzero(block.glyph_ids_N == self._tab_glyph), count).data
-        next_tab, next_forced = tabs[0], forced_places[0]
         known_places = None if known is None else known.tobytes()
+        found = np.empty((LINES_AT_ONCE, 4), dtype=np.int64)
         first = 0
         while first < count:
+            next_tab = tabs[bisect_left(tabs, first)]
+            if native.blit is not None:
+                number, first, opens = native.blit.break_lines(
+                    ends_N, places, known_places or b"", spaces, hard, found, next_tab, width, indent, keep,
+                    known_places is not None, first, opens,
+                )  # fmt: skip
+                for begin, stop, starts, closes in found[:number].tolist():
+                    end = offsets[stop] if stop < count else text_end
+                    yield Line(block, begin, stop, offsets[begin], end, starts == 1, closes == 1)
+                if number == len(found) or first == count:
+                    continue
+            # One line that needs more than tables, or any where there is no extension.
             limit = (ends[first - 1] if first else 0) + width - (indent if opens else 0)
             fits = bisect_right(ends, limit, first)
             if next_tab < fits:
-                next_tab = tabs[bisect_left(tabs, first)]
-                if next_tab < fits:
-                    fits = self._set_tabs(block, ends, tabs, first, limit)
+                fits = self._set_tabs(block, ends, tabs, first, limit)
             stop = fits if fits > first else first + 1
             while stop < count and spaces[stop]:
                 stop += 1  # spaces at the end of a line hang over the margin
-            if next_forced < first:
-                next_forced = forced_places[bisect_left(forced_places, first)]
-            if next_forced < stop:
-                stop = next_forced + 1
+            forced = hard.find(1, first, stop) if keep else -1
+            if forced >= 0:
+                stop = forced + 1
             elif stop < count:
                 number = bisect_right(breaks, stop) - 1
                 if number >= 0 and breaks[number] > first and (known_places is None or known_places[number]):

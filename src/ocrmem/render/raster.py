@@ -19,16 +19,12 @@ import numpy as np
 import regex
 
 from ocrmem.config.render import RenderSettings
+from ocrmem.render import native
 from ocrmem.render.atlas import BLANK, Atlas
 from ocrmem.render.bidi import visual_order
 from ocrmem.render.breaking import BREAK, SPACE
 from ocrmem.render.layout import Line
 from ocrmem.types import ROLES, Page
-
-try:
-    from ocrmem.render import _blit  # type: ignore[attr-defined]
-except ImportError:  # built where there is a compiler; see setup.py
-    _blit = None
 
 _ROLE = regex.compile(rf"(?:\A|(?<=\n))(?:{'|'.join(ROLES)}):(?= )")
 """A role at the start of a turn, as `memory.history` writes it; looked for in a page's own text alone."""
@@ -87,7 +83,7 @@ class Raster:
 
         image_HW = np.empty((settings.page_height, settings.page_width), dtype=np.uint8)
         boxes_4N = np.empty((4, len(ids_N)), dtype=np.int32)
-        draw = self._draw_with_numpy if _blit is None else self._draw_natively
+        draw = self._draw_with_numpy if native.blit is None else self._draw_natively
         draw(image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N)
         if order_N is not None:
             visual_4N, boxes_4N = boxes_4N, np.empty_like(boxes_4N)
@@ -116,8 +112,7 @@ class Raster:
     ) -> None:
         """Write the pixels and the boxes of a page, glyphs from left to right, with the compiled extension."""
         settings, atlas = self._settings, self._atlas
-        assert _blit is not None
-        _blit.draw(
+        native.blit.draw(
             image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N, atlas.places, atlas.pixels,
             settings.page_width, settings.line_height, settings.margin_left,
             settings.margin_left + settings.text_width, settings.background,
