@@ -13,7 +13,7 @@ Besides the letters of `types`: L lines of the page, W pixels between its margin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 
 import numpy as np
 import regex
@@ -37,6 +37,11 @@ WORKING_SET = 16 << 20
 
 def page_lines(lines: Iterable[Line], settings: RenderSettings) -> Iterator[list[Line]]:
     """Lines, page by page."""
+    if not settings.space_after:
+        rest = iter(lines)
+        while page := list(islice(rest, settings.lines_per_page)):
+            yield page
+        return
     room = settings.lines_per_page * settings.line_height
     page: list[Line] = []
     used = 0
