@@ -41,6 +41,15 @@ def test_conversations_and_markdown_on_stdin(tmp_path):
     assert json.loads(done.stdout)["characters"] == len("bold move\n")
 
 
+def test_a_target_that_cannot_be_written_is_one_line(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("Some text.\n")
+    message = fails("render", file, "--contact-sheet", tmp_path)
+    assert str(tmp_path) in message
+    assert "Is a directory. Check the path, its rights and the room on its disk." in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]
+
+
 def test_styles_in_points(tmp_path):
     style = tmp_path / "style.json"
     style.write_text(json.dumps({"page-size": "300,200", "dpi": 144, "font-size": 9, "margin-x": 5, "margin_y": 5}))

@@ -6,6 +6,7 @@ wrong command line.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -52,7 +53,7 @@ def options(
 
 
 def main() -> None:
-    """Entry point: our own errors become one line on stderr."""
+    """Entry point: our own errors, and those of the user's files and disk, become one line on stderr."""
     try:
         app()
     except OcrmemError as error:
@@ -64,3 +65,10 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        path = error.filename2 or error.filename
+        if path is None and error.errno != errno.ENOSPC:
+            raise  # not about a file of the user's
+        where = "" if path is None else f"{str(path)!r}: "
+        print(f"error: {where}{error.strerror}. Check the path, its rights and the room on its disk.", file=sys.stderr)
+        sys.exit(1)

@@ -52,9 +52,10 @@ def command(
     results = []
     fixed = {option.partition("=")[0].strip() for option in settings or []}
     names = [name for name in choices if name not in fixed]
-    if not as_json:
-        print("  ".join([*(f"{name:>12}" for name in names), f"{'text':12}", "recovered", "exactly", "chars/token"]))
+    heading = "  ".join([*(f"{name:>12}" for name in names), f"{'text':12}", "recovered", "exactly", "chars/token"])
     for found in tune(EncoderSettings(name=encoder), texts, choices, max_pages=pages):
+        if not results and not as_json:
+            print(heading)
         results += found
         for row in found:
             values = "  ".join(f"{row.settings[name]!s:>12}" for name in names)

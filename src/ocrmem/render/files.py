@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from ocrmem.config.page_style import Cropping
 from ocrmem.config.render import RenderSettings
-from ocrmem.files import write_files
+from ocrmem.files import fsync, write_files
 from ocrmem.types import Page
 
 PDF_BATCH = 16
@@ -73,6 +73,7 @@ class PdfWriter:
         """Finish the file; without pages there is none."""
         self._flush()
         if self._temporary.exists():
+            fsync(self._temporary)
             self._temporary.replace(self._path)
 
     def _flush(self) -> None:

@@ -88,8 +88,7 @@ class Raster:
 
         image_HW = np.empty((settings.page_height, settings.page_width), dtype=np.uint8)
         boxes_4N = np.empty((4, len(ids_N)), dtype=np.int32)
-        draw = self._draw_with_numpy if native.blit is None else self._draw_natively
-        draw(image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N)
+        self._draw(image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N)
         if order_N is not None:
             visual_4N, boxes_4N = boxes_4N, np.empty_like(boxes_4N)
             boxes_4N[:, order_N] = visual_4N
@@ -105,7 +104,7 @@ class Raster:
             glyph_boxes_N4=boxes_4N.T,
         )
 
-    def _draw_natively(
+    def _draw(
         self,
         image_HW: np.ndarray,
         boxes_4N: np.ndarray,
@@ -115,26 +114,15 @@ class Raster:
         ids_N: np.ndarray,
         widths_N: np.ndarray,
     ) -> None:
-        """Write the pixels and the boxes of a page, glyphs from left to right, with the compiled extension."""
-        settings, atlas = self._settings, self._atlas
-        native.blit.draw(
-            image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N, atlas.places, atlas.pixels,
-            settings.page_width, settings.line_height, settings.margin_left,
-            settings.margin_left + settings.text_width, settings.background,
-        )  # fmt: skip
-
-    def _draw_with_numpy(
-        self,
-        image_HW: np.ndarray,
-        boxes_4N: np.ndarray,
-        ends_L: np.ndarray,
-        indents_L: np.ndarray,
-        tops_L: np.ndarray,
-        ids_N: np.ndarray,
-        widths_N: np.ndarray,
-    ) -> None:
-        """The same where there is no extension."""
+        """Write the pixels and the boxes of a page, glyphs from left to right; the same with the extension and
+        without."""
         settings, width, height = self._settings, self._settings.text_width, self._settings.line_height
+        if native.blit is not None:
+            native.blit.draw(
+                image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N, self._atlas.places, self._atlas.pixels,
+                settings.page_width, height, settings.margin_left, settings.margin_left + width, settings.background,
+            )  # fmt: skip
+            return
         counts_L = np.diff(ends_L, prepend=0)
         # Edges on the line. Spaces that hang over the margin are cut there.
         right_N = np.cumsum(widths_N)
