@@ -10,6 +10,7 @@ of a probe is the number of memory tokens that its history takes, and no arm but
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -100,6 +101,7 @@ class Contexts:
         self.history_ids: list[list[int]] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
         self.memories = self._memories([probe.history for probe in probes])
         self.rivals: dict[str, Rival] = {rival.kind: rival for rival in rivals}
+        self._ranked = functools.cache(self._sentences_by_score)
         self._slots = history_slots([probe.history for probe in probes], rivals, processor)
 
     @property
@@ -156,6 +158,16 @@ class Contexts:
         BM25 with bm25s' defaults (Lucene's variant, k1 1.5, b 0.75); sentences that share no word with the query come
         last, oldest first.
         """
+        kept: dict[int, list[int]] = {}
+        for number, ids in self._ranked(index):
+            if budget == 0:
+                break
+            kept[number] = ids[:budget]
+            budget -= len(kept[number])
+        return [token for number in sorted(kept) for token in kept[number]]
+
+    def _sentences_by_score(self, index: int) -> list[tuple[int, list[int]]]:
+        """Number and token ids of each sentence of a probe's history, the best for its query first."""
         assert bm25s is not None, "the arm is left out without it"
         probe = self.probes[index]
         found = [match.group() for match in SNIPPET.finditer(probe.history) if match.group().strip()]
@@ -167,14 +179,7 @@ class Contexts:
         ids = self.processor.tokenizer(
             [self.processor.chat_format.clean(text) for text in found], add_special_tokens=False
         )["input_ids"]
-        kept: dict[int, list[int]] = {}
-        left = budget
-        for number in np.argsort(-scores, kind="stable").tolist():
-            if left == 0:
-                break
-            kept[number] = ids[number][:left]
-            left -= len(kept[number])
-        return [token for number in sorted(kept) for token in kept[number]]
+        return [(number, ids[number]) for number in np.argsort(-scores, kind="stable").tolist()]
 
     def _memories(self, histories: Sequence[str]) -> list[Context]:
         processor = self.processor

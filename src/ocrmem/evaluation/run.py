@@ -302,7 +302,8 @@ class _Run:
             if task != "next-turn":
                 asked = {arm: chosen for arm, chosen in prompts.items() if arm in ANSWERED}
                 answers = self._answers(f"{task} {source}: answers", asked, lambda _: s.answer_tokens)
-            rows += [self._row(task, source, arm, found, contexts, losses, answers.get(arm)) for arm in losses]
+            budgets = {arm: statistics.fmean(p.context.num_tokens for p in chosen) for arm, chosen in prompts.items()}
+            rows += [self._row(task, source, arm, found, budgets[arm], losses, answers.get(arm)) for arm in losses]
             self.losses[task, source] = losses
         return rows
 
@@ -330,14 +331,12 @@ class _Run:
         source: str,
         arm: str,
         found: list[Probe],
-        contexts: Contexts,
+        budget: float,
         losses: dict[str, Any],
         answers: list[str] | None,
     ) -> dict[str, Any]:
         seed = self.settings.seeds[0]
         fixed = arm in SCALE_ARMS
-        name = "memory" if arm == "untrained-projection" else arm
-        budget = statistics.fmean(contexts.context(name, i).num_tokens for i in range(len(found)))
         row: dict[str, Any] = {
             "task": task,
             "source": source,

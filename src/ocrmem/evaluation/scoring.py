@@ -5,6 +5,7 @@ Letters besides those of `types`: N labelled positions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,13 @@ class Prompt:
 
 def make_prompt(probe: Probe, context: Context, chat_format: ChatFormat) -> Prompt:
     """The probe's prompt with the context where the memory belongs."""
-    has_context = context.num_tokens > 0
+    before, after, target = _around(probe, chat_format, context.num_tokens > 0)
+    return Prompt(before=before, context=context, after=after, target=target)
+
+
+@functools.lru_cache(maxsize=8192)
+def _around(probe: Probe, chat_format: ChatFormat, has_context: bool) -> tuple[list[int], list[int], list[int]]:
+    """Token ids before and after the context, and of the target: the same for every arm that has one."""
     turns = list(probe.turns)
     text = chat_format.text(turns, add_generation_prompt=True, num_placeholders=int(has_context))
     before, _, after = text.partition(chat_format.memory_token) if has_context else ("", "", text)
@@ -66,11 +73,10 @@ def make_prompt(probe: Probe, context: Context, chat_format: ChatFormat) -> Prom
     end = chat_format.ids(ending)
     end = end[: len(end) - chat_format.num_reply_tail]
     prefix = chat_format.clean(probe.prefix)
-    return Prompt(
-        before=chat_format.ids(before),
-        context=context,
-        after=chat_format.ids(after) + (chat_format.ids(prefix) if prefix else []),
-        target=[*chat_format.ids(chat_format.clean(probe.target)), *end],
+    return (
+        chat_format.ids(before),
+        chat_format.ids(after) + (chat_format.ids(prefix) if prefix else []),
+        [*chat_format.ids(chat_format.clean(probe.target)), *end],
     )
 
 

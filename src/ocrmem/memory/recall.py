@@ -39,7 +39,9 @@ def load_bm25s() -> Any:
             "recall was asked for, but the package bm25s is not installed: pip install 'ocrmem[recall]', or set "
             "recall to 0."
         ) from None
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index at DEBUG
+    logger = logging.getLogger("bm25s")
+    if logger.level != logging.WARNING:  # it logs every index at DEBUG; setting a level empties every logger's cache
+        logger.setLevel(logging.WARNING)
     return bm25s
 
 
