@@ -4,6 +4,9 @@
     python benchmarks/fidelity.py --gpus 2 --only 2x-mean-pooling 2x-convolution eval-2x
     python benchmarks/fidelity.py --list                        # the jobs, and the command of each
 
+A memory and its rivals are trained in two pieces: `…-first` by the config of their ratio, then on from there by
+`…-more.yaml`.
+
 A job runs as a process of its own on the next free GPU. Without `--only`, a job whose output is there already is left
 out; a training that was stopped goes on where it was. Training logs go to `results/training` and `results/ablation`,
 results of evaluations to `results/fidelity`; `python -m ocrmem.evaluation.report` then makes the page.
@@ -59,11 +62,14 @@ class Job:
     """Where what it prints is kept, with the command: a training's log."""
 
 
-def train_job(name: str, ratio: str, overrides: tuple[str, ...], log: Path) -> Job:
-    """A training by the config of a ratio."""
-    config = f"configs/smollm2-pp-ocr-{ratio}.yaml"
-    command = ("train", config, f"output_dir=runs/{name}", *overrides, "training.disable_tqdm=true", "--json")
-    return Job(name, command, Path("runs") / name / "adapter" / "adapter.safetensors", log=log / f"{name}.json")
+def train_job(name: str, ratio: str, overrides: tuple[str, ...], log: Path, *, more: str | None = None) -> Job:
+    """A training by the config of a ratio; by that of its second piece, from the adapter of the job `more`, if
+    given."""
+    config = f"configs/smollm2-pp-ocr-{ratio}{'' if more is None else '-more'}.yaml"
+    start = () if more is None else (f"adapter=runs/{more}/adapter",)
+    command = ("train", config, f"output_dir=runs/{name}", *start, *overrides, "training.disable_tqdm=true", "--json")
+    output = Path("runs") / name / "adapter" / "adapter.safetensors"
+    return Job(name, command, output, after=() if more is None else (more,), log=log / f"{name}.json")
 
 
 def shorter(ratio: str, overrides: tuple[str, ...], scale: float) -> tuple[str, ...]:
@@ -87,13 +93,21 @@ def shorter(ratio: str, overrides: tuple[str, ...], scale: float) -> tuple[str, 
     return (f"objectives.stages={json.dumps(stages)}", decay, *warm, *plain)
 
 
-def all_jobs() -> list[Job]:
-    """Every job, in the order in which it is best begun."""
+def all_jobs(rival_scale: float = 1.0) -> list[Job]:
+    """Every job, in the order in which it is best begun.
+
+    Args:
+        rival_scale: steps of a rival's first piece, as a share of the memory's.
+    """
     training, ablation = Path("results/training"), Path("results/ablation")
-    jobs = [train_job(f"smollm2-pp-ocr-{ratio}", ratio, (), training) for ratio in RATIOS]
-    for ratio in RATIOS:
-        for kind in RIVALS:
-            jobs.append(train_job(f"{ratio}-{kind}", ratio, (f"objectives.features={kind}",), training))
+    jobs = []
+    for features in ("ocr", *RIVALS):
+        for ratio in RATIOS:
+            name = f"smollm2-pp-ocr-{ratio}" if features == "ocr" else f"{ratio}-{features}"
+            overrides = () if features == "ocr" else (f"objectives.features={features}",)
+            cut = () if features == "ocr" or rival_scale == 1 else shorter(ratio, (), rival_scale)
+            jobs.append(train_job(f"{name}-first", ratio, (*overrides, *cut), training))
+            jobs.append(train_job(name, ratio, overrides, training, more=f"{name}-first"))
     for ratio in RATIOS:
         name = f"smollm2-pp-ocr-{ratio}"
         shipped = Path("adapters") / name
@@ -138,9 +152,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="names of jobs; without it, all")
+    parser.add_argument("--rival-scale", type=float, default=1.0, help="share of the steps of the rivals' first piece")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
-    jobs = all_jobs()
+    jobs = all_jobs(options.rival_scale)
     unknown = set(options.only or ()) - {job.name for job in jobs}
     if unknown:
         sys.exit(f"error: no job {', '.join(sorted(unknown))}; --list shows them.")

@@ -20,18 +20,28 @@ def fidelity():
 
 def test_trainings_of_the_results_page_have_the_recipe_and_ablations_leave_something_out(fidelity, monkeypatch):
     monkeypatch.chdir(ROOT)
-    configs = {}
-    for job in fidelity["all_jobs"]():
-        if job.command[0] == "train":
-            overrides = [part for part in job.command[2:] if "=" in part]
-            configs[job.name] = load_train_config(Path(job.command[1]), overrides)
-    memory = configs["smollm2-pp-ocr-2x"]
-    for kind in fidelity["RIVALS"]:
-        rival = configs[f"2x-{kind}"]
-        assert rival.objectives.features == kind
-        assert rival.objectives.stages == memory.objectives.stages
-        assert rival.projection == memory.projection
-    whole = configs["ablation-full-recipe"]
+
+    def trainings(**arguments):
+        configs = {}
+        for job in fidelity["all_jobs"](**arguments):
+            if job.command[0] == "train":
+                overrides = [part for part in job.command[2:] if "=" in part]
+                configs[job.name] = load_train_config(Path(job.command[1]), overrides)
+        return configs
+
+    configs, halved = trainings(), trainings(rival_scale=0.5)
+    for piece in ("-first", ""):
+        memory = configs[f"smollm2-pp-ocr-2x{piece}"]
+        for kind in fidelity["RIVALS"]:
+            rival = configs[f"2x-{kind}{piece}"]
+            assert rival.objectives.features == kind
+            assert rival.objectives.stages == memory.objectives.stages
+            assert rival.projection == memory.projection
+            assert rival.training == memory.training
+    steps = configs["2x-mean-pooling-first"].objectives.total_steps
+    assert halved["2x-mean-pooling-first"].objectives.total_steps == pytest.approx(steps / 2, abs=3)
+    assert halved["smollm2-pp-ocr-2x"] == configs["smollm2-pp-ocr-2x"]
+    memory, whole = configs["smollm2-pp-ocr-2x-first"], configs["ablation-full-recipe"]
     scale = fidelity["ABLATION_SCALE"]
     assert whole.objectives.total_steps == pytest.approx(scale * memory.objectives.total_steps, abs=3)
     ablations = [name for name in configs if name.startswith("ablation-")]

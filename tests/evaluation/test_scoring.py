@@ -36,6 +36,12 @@ def test_a_prompt_that_is_too_long_is_alone():
 def test_a_batch_takes_its_share_of_the_free_memory(dtype, mlp_width, numbers, monkeypatch):
     llm = tiny_llm("qwen3", hidden_size=8, intermediate_size=mlp_width).to(dtype)
     free = 10**9
+    share = 1.0
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: share)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: free // 10)
     assert answer_positions(llm, torch.device("cuda")) == int(CACHE_SHARE * free) // (numbers * dtype.itemsize)
     assert answer_positions(llm, torch.device("cpu")) == ANSWER_POSITIONS
+    share = 0.25  # of all memory, a tenth of the free of which is taken
+    left = free // 2 - free // 10
+    assert answer_positions(llm, torch.device("cuda")) == int(CACHE_SHARE * left) // (numbers * dtype.itemsize)

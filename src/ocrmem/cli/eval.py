@@ -33,6 +33,9 @@ def command(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Type of the LLM: float32, bfloat16. None: as stored.")] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of the GPU's memory to use; less where another process works beside it.")
+    ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Evaluate on held-out text only, and write a results file.
@@ -51,6 +54,10 @@ def command(
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype}: expected float32, bfloat16 or float16.")
+    if not 0 < gpu_memory_utilization <= 1:
+        raise ConfigError(f"--gpu-memory-utilization {gpu_memory_utilization}: expected more than 0, at most 1.")
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(gpu_memory_utilization, torch.device(device).index)
     try:
         lengths = tuple(int(part) for part in reading_chars.split(","))
     except ValueError:

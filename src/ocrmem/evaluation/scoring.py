@@ -246,6 +246,12 @@ def answer_positions(llm: PreTrainedModel, device: torch.device) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     cached = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or num_heads) * head_dim
     computed = 4 * (config.hidden_size + getattr(config, "intermediate_size", 4 * config.hidden_size))
+    return int(CACHE_SHARE * free_memory(device)) // (max(cached, computed) * llm.dtype.itemsize)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process may still take: what is free, and within its share of the memory."""
     torch.cuda.empty_cache()  # what PyTorch holds unused counts as taken otherwise
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(CACHE_SHARE * free) // (max(cached, computed) * llm.dtype.itemsize)
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)
+    return max(0, min(free, share - torch.cuda.memory_reserved(device.index)))
