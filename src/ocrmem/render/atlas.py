@@ -54,7 +54,7 @@ class Atlas:
         self._strip = np.full((self._bands, 4096, PIXELS), settings.background, dtype=np.uint8)
         self._used = 0
         self._starts = np.zeros(256, dtype=np.int64)
-        self._widths = np.zeros(256, dtype=np.int64)
+        self._widths = np.zeros(256, dtype=np.int32)
         self._count = 0
         self._pixels = np.zeros(1 << 16, dtype=np.uint8)
         self._pixels_used = 0
@@ -105,7 +105,7 @@ class Atlas:
 
     @property
     def widths(self) -> np.ndarray:
-        """int64 widths in pixels by glyph id."""
+        """int32 widths in pixels by glyph id."""
         return self._widths[: self._count]
 
     @property
