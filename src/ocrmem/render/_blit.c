@@ -9,7 +9,7 @@
 
 #define NUM_BUFFERS 9
 #define NUM_CODES 0x110000
-#define SPILL 8 /* bytes copied at once; what goes beyond a glyph is overwritten by the next, or by the background after the last */
+#define TILE 16 /* pixels of a row that are copied at once, PIXELS in render/atlas.py */
 
 static int check(const Py_buffer *buffer, Py_ssize_t size, const char *name)
 {
@@ -20,62 +20,75 @@ static int check(const Py_buffer *buffer, Py_ssize_t size, const char *name)
     return 0;
 }
 
+/* Copy a tile of `height` rows to a page. */
+static void copy_tile(uint8_t *to, Py_ssize_t page_width, const uint8_t *from, Py_ssize_t height)
+{
+    for (; height >= 4; height -= 4, to += 4 * page_width, from += 4 * TILE) {
+        memcpy(to, from, TILE);
+        memcpy(to + page_width, from + TILE, TILE);
+        memcpy(to + 2 * page_width, from + 2 * TILE, TILE);
+        memcpy(to + 3 * page_width, from + 3 * TILE, TILE);
+    }
+    for (; height > 0; height--, to += page_width, from += TILE)
+        memcpy(to, from, TILE);
+}
+
 static int draw_lines(Py_buffer *buffers, Py_ssize_t page_width, Py_ssize_t height, Py_ssize_t left, Py_ssize_t right,
                       int background)
 {
     uint8_t *image = buffers[0].buf;
-    int32_t *boxes = buffers[1].buf;
-    const int64_t *stops = buffers[2].buf, *begins = buffers[3].buf, *tops = buffers[4].buf;
+    const int64_t *stops = buffers[2].buf, *begins = buffers[3].buf, *tops = buffers[4].buf, *places = buffers[7].buf;
     const int32_t *ids = buffers[5].buf, *widths = buffers[6].buf;
-    const int64_t *glyphs = buffers[7].buf;
     const uint8_t *pixels = buffers[8].buf;
     Py_ssize_t num_lines = buffers[2].len / 8, num_glyphs = buffers[5].len / 4, known = buffers[7].len / 16;
     Py_ssize_t page_height = page_width > 0 ? buffers[0].len / page_width : 0, glyph = 0, filled = 0;
+    int32_t *lefts = buffers[1].buf, *upper = lefts + num_glyphs, *rights = upper + num_glyphs;
+    int32_t *lower = rights + num_glyphs;
 
-    if (left < 0 || right > page_width || height < 1 || check(&buffers[1], 16 * num_glyphs, "boxes") ||
+    if (left < 0 || right < left || right > page_width || page_width > INT32_MAX || page_height > INT32_MAX ||
+        height < 1 || height > page_height || check(&buffers[1], 16 * num_glyphs, "boxes") ||
         check(&buffers[3], 8 * num_lines, "begins") || check(&buffers[4], 8 * num_lines, "tops") ||
         check(&buffers[6], 4 * num_glyphs, "widths"))
         return -1;
     for (Py_ssize_t line = 0; line < num_lines; line++) {
-        Py_ssize_t x = left + begins[line], top = tops[line];
-        if (stops[line] > num_glyphs || top < filled || top + height > page_height || x < left || x > page_width)
+        Py_ssize_t x = left, top = tops[line], first = glyph;
+        if (stops[line] > num_glyphs || top < filled || top > page_height - height || begins[line] < 0 ||
+            begins[line] > right - left)
             return -1;
-        memset(image + filled * page_width, background, (top - filled) * page_width);
-        for (Py_ssize_t y = 0; y < height; y++)
-            memset(image + (top + y) * page_width, background, x);
+        /* The line as well: it is then in the cache when its glyphs are copied to rows that lie far apart. */
+        memset(image + filled * page_width, background, (top + height - filled) * page_width);
         filled = top + height;
+        x += begins[line];
         for (; glyph < stops[line]; glyph++) {
-            Py_ssize_t width = widths[glyph], end;
-            if (ids[glyph] < 0 || ids[glyph] >= known || width < 0)
+            Py_ssize_t width = widths[glyph], begin, end;
+            if (ids[glyph] < 0 || ids[glyph] >= known)
                 return -1;
-            /* where the glyph's pixels begin, row by row, and how wide each row is */
-            const uint8_t *from = pixels + glyphs[2 * ids[glyph]];
-            Py_ssize_t pitch = glyphs[2 * ids[glyph] + 1];
+            /* The glyph's pixels: a tile of rows of 16, the next tile after it. */
+            begin = places[2 * ids[glyph]];
             if (width > right - x)
-                width = right > x ? right - x : 0; /* spaces that hang over the margin are cut there */
-            if (width > pitch)
+                width = right - x; /* spaces that hang over the margin are cut there */
+            if (width < 0 || width > places[2 * ids[glyph] + 1] || begin < 0 ||
+                begin > buffers[8].len - (width + TILE - 1) / TILE * TILE * height)
                 return -1;
-            end = x + width;
-            boxes[glyph] = (int32_t)x;
-            boxes[num_glyphs + glyph] = (int32_t)top;
-            boxes[2 * num_glyphs + glyph] = (int32_t)end;
-            boxes[3 * num_glyphs + glyph] = (int32_t)(top + height);
-            if (width > 0) {
+            lefts[glyph] = (int32_t)x;
+            for (end = x + width; x < end; x += TILE, begin += TILE * height) {
                 uint8_t *to = image + top * page_width + x;
-                if (width <= SPILL && x + SPILL <= page_width)
-                    for (Py_ssize_t y = 0; y < height; y++)
-                        memcpy(to + y * page_width, from + y * pitch, SPILL);
-                else if (width <= 2 * SPILL && x + 2 * SPILL <= page_width)
-                    for (Py_ssize_t y = 0; y < height; y++)
-                        memcpy(to + y * page_width, from + y * pitch, 2 * SPILL);
+                /* What a tile writes beyond its glyph, the next one or the background overwrites. */
+                if (x + TILE <= page_width)
+                    copy_tile(to, page_width, pixels + begin, height);
                 else
                     for (Py_ssize_t y = 0; y < height; y++)
-                        memcpy(to + y * page_width, from + y * pitch, width);
+                        memcpy(to + y * page_width, pixels + begin + y * TILE, end - x);
             }
             x = end;
+            rights[glyph] = (int32_t)x;
         }
-        for (Py_ssize_t y = 0; y < height; y++)
-            memset(image + (top + y) * page_width + x, background, page_width - x);
+        for (; first < glyph; first++) {
+            upper[first] = (int32_t)top;
+            lower[first] = (int32_t)(top + height);
+        }
+        for (Py_ssize_t y = 0, spilt = page_width - x < TILE ? page_width - x : TILE; y < height; y++)
+            memset(image + (top + y) * page_width + x, background, spilt);
     }
     memset(image + filled * page_width, background, (page_height - filled) * page_width);
     return 0;
@@ -261,7 +274,7 @@ static PyMethodDef methods[] = {
      "break_lines(widths, ids, classes, pairs, table, rows, tab, width, indent, keep, annex, space, hard, first, opens) "
      "-> (number of lines, first glyph that is in none, whether it starts a paragraph, base, stop, asks)"},
     {"draw", draw, METH_VARARGS,
-     "draw(image, boxes, stops, begins, tops, ids, widths, glyphs, pixels, page_width, height, left, right, background)"},
+     "draw(image, boxes, stops, begins, tops, ids, widths, places, pixels, page_width, height, left, right, background)"},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_blit", NULL, -1, methods, NULL, NULL, NULL, NULL};
