@@ -1,12 +1,14 @@
-/* Breaks text into lines, as render/layout.py does, and writes a page: background, and the glyphs of its lines, as
-   render/raster.py does with numpy alone.
+/* Looks up the glyphs of a text and breaks it into lines, as render/layout.py does with numpy alone, and writes a page:
+   background, and the glyphs of its lines, as render/raster.py does.
 
-   The extension is optional: where no compiler is at hand it is not built, and the pages are the same, byte for byte. */
+   The extension is optional: where no compiler is at hand it is not built, and the pages are the same, byte for byte.
+   It allocates nothing; every array is the caller's, and its size is checked. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
 
+#define INTERFACE 2 /* raised with every change of the functions' arguments, here and in render/native.py */
 #define NUM_BUFFERS 9
 #define NUM_CODES 0x110000
 #define TILE 16 /* pixels of a row that are copied at once, PIXELS in render/atlas.py */
@@ -155,11 +157,14 @@ static PyObject *look_up(PyObject *module, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "Uy*y*y*w*w*w*w*i", &text, &tables[GLYPHS], &tables[FACTS], &tables[KNOWN_WIDTHS],
                           &tables[IDS], &tables[WIDTHS], &tables[CLASSES], &tables[ANNEX], &simple))
         return NULL;
+    if (PyUnicode_READY(text) < 0) /* nothing to do since Python 3.12 */
+        goto done;
     count = PyUnicode_GET_LENGTH(text);
     if (check(&tables[GLYPHS], 4 * NUM_CODES, "glyphs") == 0 && check(&tables[FACTS], 4 * NUM_CODES, "facts") == 0 &&
         check(&tables[IDS], 4 * count, "ids") == 0 && check(&tables[WIDTHS], 4 * count, "widths") == 0 &&
         check(&tables[CLASSES], count, "classes") == 0 && check(&tables[ANNEX], count, "annex") == 0)
         found = look_up_all(text, tables, simple, &marked);
+done:
     for (int i = 0; i < NUM_TABLES; i++)
         PyBuffer_Release(&tables[i]);
     return found < 0 ? NULL : Py_BuildValue("nO", found, marked ? Py_True : Py_False);
@@ -281,5 +286,8 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_blit", NULL, -1
 
 PyMODINIT_FUNC PyInit__blit(void)
 {
-    return PyModule_Create(&definition);
+    PyObject *module = PyModule_Create(&definition);
+    if (module != NULL && PyModule_AddIntMacro(module, INTERFACE) < 0)
+        Py_CLEAR(module);
+    return module;
 }

@@ -121,7 +121,7 @@ class Atlas:
 
     @property
     def pixels(self) -> np.ndarray:
-        """uint8: every glyph cut into tiles of line_height rows of `PIXELS`, from left to right, one after the other."""
+        """uint8: every glyph cut into tiles of line_height rows of `PIXELS`, from left to right."""
         return self._pixels
 
     def draw(self, columns_LW: np.ndarray, lines_LHW: np.ndarray) -> None:
