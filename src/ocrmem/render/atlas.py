@@ -27,7 +27,8 @@ ZERO_WIDTH = 1
 BLANK = 2
 """Glyph id of blank paper, as wide as the text."""
 PIXELS = 16
-"""Pixels of a column that are gathered at once; numpy copies items of 16 bytes as fast as single ones."""
+"""Pixels of a column that numpy gathers at once, and of a row that the extension copies at once: items of 16 bytes are
+copied as fast as single ones."""
 LINES_AT_ONCE = 8
 """Lines gathered before they are written to the page: they stay in a core's cache."""
 INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cf}]")
@@ -54,7 +55,7 @@ class Atlas:
         self._strip = np.full((self._bands, 4096, PIXELS), settings.background, dtype=np.uint8)
         self._used = 0
         self._starts = np.zeros(256, dtype=np.int64)
-        self._widths = np.zeros(256, dtype=np.int64)
+        self._widths = np.zeros(256, dtype=np.int32)
         self._count = 0
         self._pixels = np.zeros(1 << 16, dtype=np.uint8)
         self._pixels_used = 0
@@ -105,7 +106,7 @@ class Atlas:
 
     @property
     def widths(self) -> np.ndarray:
-        """int64 widths in pixels by glyph id."""
+        """int32 widths in pixels by glyph id."""
         return self._widths[: self._count]
 
     @property
@@ -115,12 +116,12 @@ class Atlas:
 
     @property
     def places(self) -> np.ndarray:
-        """int64 [glyphs, 2]: where each glyph's pixels begin in `pixels`, and its width there."""
+        """int64 [glyphs, 2]: where each glyph's tiles begin in `pixels`, and its width."""
         return self._places[: self._count]
 
     @property
     def pixels(self) -> np.ndarray:
-        """uint8: every glyph's pixels row by row, one after the other, and `PIXELS` more at the end."""
+        """uint8: every glyph cut into tiles of line_height rows of `PIXELS`, from left to right."""
         return self._pixels
 
     def draw(self, columns_LW: np.ndarray, lines_LHW: np.ndarray) -> None:
@@ -196,11 +197,16 @@ class Atlas:
         padded[: len(pixels)] = pixels
         self._strip[:, self._used : self._used + width] = padded.reshape(self._bands, PIXELS, width).transpose(0, 2, 1)
         self._starts[self._count], self._widths[self._count] = self._used, width
-        while self._pixels_used + pixels.size + PIXELS > len(self._pixels):
+        num_tiles = -(-width // PIXELS)
+        tiles = np.full((settings.line_height, num_tiles * PIXELS), settings.background, dtype=np.uint8)
+        tiles[:, :width] = pixels
+        while self._pixels_used + tiles.size > len(self._pixels):
             self._pixels = np.concatenate([self._pixels, np.zeros_like(self._pixels)])
-        self._pixels[self._pixels_used : self._pixels_used + pixels.size] = pixels.ravel()
+        self._pixels[self._pixels_used : self._pixels_used + tiles.size] = (
+            tiles.reshape(settings.line_height, num_tiles, PIXELS).transpose(1, 0, 2).ravel()
+        )
         self._places[self._count] = self._pixels_used, width
-        self._pixels_used += pixels.size
+        self._pixels_used += tiles.size
         self._used += width
         self._count += 1
         return self._count - 1

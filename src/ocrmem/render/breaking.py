@@ -73,12 +73,17 @@ def simple_breaks(classes_N: np.ndarray) -> np.ndarray:
     if not (classes_N == WIDE).any():
         may = (before == SPACE) | (before == BREAK) | ((before == HYPHEN) & (after == OTHER))
         return np.flatnonzero(may) + 1
+    return np.flatnonzero(_may_break(before, after)) + 1
+
+
+def _may_break(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """bool: whether a line may break between two glyphs of these classes, by the simple rules."""
     may = (before == SPACE) | (before == BREAK)
     may |= (before == HYPHEN) & (after == OTHER)
     may |= ((before == WIDE) | (before == CLOSE)) & (after == WIDE)
     may |= (before == WIDE) & (after != CLOSE)
     may |= (before == OTHER) & (after == WIDE)
-    return np.flatnonzero(may) + 1
+    return may
 
 
 def annex_breaks(classes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,6 +129,11 @@ _ENDS_WORDS = np.isin(np.arange(13), (LETTER, ALPHA, IDEOGRAPH, POINT, QUOTE, EN
 """Classes after which a space is a place to break, whatever comes before them."""
 _IS_ALPHA = np.arange(13) == ALPHA
 _DECISIONS = _decide()
+ANNEX_TABLE = _DECISIONS + np.pad([_ENDS_WORDS, _IS_ALPHA], ((0, 0), (0, 3))).astype(np.uint8).tobytes()
+"""`annex_breaks` for the extension: the decision for each pair of classes; then for `_SPACED`, and for `_HYPHENED`, a
+row of 16 flags, whether the place is known after a class."""
+SIMPLE_TABLE = bytes(np.where(_may_break(*np.divmod(np.arange(256), 16)), _KNOWN, _HOLDS).tolist()) + bytes(32)
+"""The same for `simple_breaks`."""
 
 
 @functools.lru_cache(maxsize=65536)

@@ -1,7 +1,7 @@
 """Layout: text to lines of glyphs.
 
 ```
-text ─▶ chunks ─▶ Block: glyphs, offsets, widths (tables for single characters, \\X for the rest) ─▶ Line: a range of it
+text ─▶ chunks ─▶ Block: glyphs, offsets, widths (tables for single characters, \\X for the rest) ─▶ Lines: ranges of it
 ```
 
 Greedy, in logical order: a line depends only on the text from its own start to the first glyph that it has no room
@@ -23,10 +23,12 @@ from ocrmem.render import native
 from ocrmem.render.atlas import INVISIBLE, ZERO_WIDTH, Atlas
 from ocrmem.render.bidi import runs_right_to_left
 from ocrmem.render.breaking import (
+    ANNEX_TABLE,
     BREAK,
     BREAKS,
     CONTEXT,
     JOINED,
+    SIMPLE_TABLE,
     SPACE,
     WILD,
     annex_boundaries,
@@ -59,33 +61,38 @@ class Block:
     """Glyphs of a chunk of text, in logical order; every array has one item a glyph."""
 
     glyph_ids_N: np.ndarray
+    """int32."""
     offsets_N: np.ndarray
     """int64: source offset of each glyph."""
     widths_N: np.ndarray
-    """int64 pixels. A tab's is set when its line is known."""
+    """int32 pixels. A tab's is set when its line is known."""
     classes_N: np.ndarray
-    """Classes of the simple rules."""
+    """uint8: classes of the simple rules."""
     annex_classes_N: np.ndarray | None
-    """Classes for Annex 14; None where lines break by the simple rules."""
+    """uint8: classes for Annex 14; None where lines break by the simple rules."""
     right_to_left_N: np.ndarray | None
     """bool: glyphs that make their line need a visual order; None where none does."""
     text: str
     first_offset: int
     """Source offset of the first character of `text`."""
 
+    def end_of(self, stop: int) -> int:
+        """Source offset at which a line ends that holds the glyphs before `stop`; the next line starts there."""
+        return int(self.offsets_N[stop]) if stop < len(self.offsets_N) else self.first_offset + len(self.text)
 
-class Line(NamedTuple):
-    """One laid-out line: the glyphs [first, stop) of a block."""
+
+class Lines(NamedTuple):
+    """Laid-out lines of one block, one after the other."""
 
     block: Block
-    first: int
-    stop: int
-    start: int
-    """First character of the source text."""
-    end: int
-    """One past the last; the next line starts here."""
-    starts_paragraph: bool
-    ends_paragraph: bool
+    rows_L4: np.ndarray
+    """int64: a line's first glyph in the block, one past its last, whether it starts a paragraph, whether it ends
+    one."""
+
+    @property
+    def end(self) -> int:
+        """Source offset at which the text of the next line starts."""
+        return self.block.end_of(int(self.rows_L4[-1, 1]))
 
 
 class Layout:
@@ -96,26 +103,28 @@ class Layout:
         self._settings = settings
         self._unicode = settings.layout == "unicode"
         # Tables by code point, filled when a character first occurs; zeros of this size cost nothing until touched.
-        self._glyph = np.zeros(NUM_CODES, dtype=np.int64)
+        self._glyph = np.zeros(NUM_CODES, dtype=np.int32)
         self._facts = np.zeros((NUM_CODES, 4), dtype=np.uint8)
         self._ascii_simple = b""
         self._tab_glyph = atlas.glyphs("\t")[0][0] if self._unicode else -1
         self._tab_width = int(atlas.widths[self._tab_glyph])
 
-    def lines(self, text: str, *, start: int) -> Iterator[Line]:
-        """The lines of `text` from the character `start`, in order."""
+    def lines(self, text: str, *, start: int) -> Iterator[Lines]:
+        """The lines of `text` from the character `start`, in order, some hundreds at a time."""
         chunk, opens = CHUNK, self._opens(text, start)
         while start < len(text):
             end = min(len(text), start + chunk)
-            lines = list(self._break_lines(self._block(text[start:end], start), end, opens))
+            block = self._block(text[start:end], start)
+            rows_L4 = self._break_lines(block, opens)
             if end < len(text):
-                lines.pop()  # more text may change it
-                if not lines:
+                rows_L4 = rows_L4[:-1]  # more text may change the last line
+                if not len(rows_L4):
                     chunk *= 2  # one line, or one cluster, longer than the chunk
                     continue
             chunk = CHUNK
-            yield from lines
-            start, opens = lines[-1].end, lines[-1].ends_paragraph
+            lines = Lines(block, rows_L4)
+            yield lines
+            start, opens = lines.end, bool(rows_L4[-1, 3])
 
     def _opens(self, text: str, start: int) -> bool:
         """Whether a paragraph begins at `start`."""
@@ -125,6 +134,8 @@ class Layout:
 
     def _block(self, text: str, start: int) -> Block:
         """The glyphs of a piece of the source text."""
+        if native.blit is not None and (block := self._simple_block(text, start)) is not None:
+            return block
         if text.isascii() and not (raw := text.encode("ascii")).translate(None, self._ascii_simple):
             return self._ascii_block(raw, text, start)
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.intp)
@@ -144,6 +155,23 @@ class Layout:
                 right_to_left = marks[offsets - start] == 1
         widths = self._atlas.widths.take(ids)
         return Block(ids, offsets, widths, classes, annex, right_to_left, text, start)
+
+    def _simple_block(self, text: str, start: int) -> Block | None:
+        """The glyphs of characters that are known, and each a glyph by itself; None where one is not."""
+        count = len(text)
+        ids, widths = np.empty((2, count), dtype=np.int32)
+        classes, annex = np.empty((2, count), dtype=np.uint8)
+        known, marked = native.blit.look_up(
+            text, self._glyph, self._facts, self._atlas.widths, ids, widths, classes, annex, _SIMPLE
+        )
+        if known < count:
+            return None
+        marks = None
+        if marked:
+            codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+            marks = self._facts[:, _RIGHT_TO_LEFT].take(codes) == 1
+        offsets = np.arange(start, start + count, dtype=np.int64)
+        return Block(ids, offsets, widths, classes, annex if self._unicode else None, marks, text, start)
 
     def _facts_of(self, codes: np.ndarray) -> np.ndarray:
         """uint8 [4, N]: what is known of each character; one look-up of four bytes, then a row for each of them."""
@@ -233,44 +261,60 @@ class Layout:
         ]
         return joined[0], joined[1], joined[2], joined[3] if annex is not None else None
 
-    def _break_lines(self, block: Block, text_end: int, opens: bool) -> Iterator[Line]:
-        """Cut a block into lines; one step for each line, none for each glyph."""
-        classes = block.classes_N
-        count, width = len(classes), self._settings.text_width
+    def _break_lines(self, block: Block, opens: bool) -> np.ndarray:
+        """Cut a block into lines, `Lines.rows_L4`; `opens` says whether the first starts a paragraph."""
+        count = len(block.classes_N)
         if count == 0:
-            yield Line(block, 0, 0, text_end, text_end, opens, False)
-            return
-        known = None
+            return np.array([[0, 0, opens, False]], dtype=np.int64)
+        if native.blit is None:
+            return self._break_lines_alone(block, opens)
+        settings, annex = self._settings, block.annex_classes_N is not None
+        table = ANNEX_TABLE if annex else SIMPLE_TABLE
+        has_tabs = self._unicode and "\t" in block.text
+        measured: tuple[memoryview, memoryview] | None = None
+        parts, first, room, tab = [], 0, LINES_AT_ONCE, self._tab_glyph if has_tabs else -1
+        while first < count:
+            rows_L4 = np.empty((room, 4), dtype=np.int64)
+            num_lines, first, opens, base, stop, asks = native.blit.break_lines(
+                block.widths_N, block.glyph_ids_N, block.classes_N, block.annex_classes_N if annex else block.classes_N,
+                table, rows_L4, tab, settings.text_width, settings.first_indent, settings.line_breaks == "keep", annex,
+                SPACE, BREAK, first, opens,
+            )  # fmt: skip
+            parts.append(rows_L4[:num_lines])
+            room, tab = LINES_AT_ONCE, self._tab_glyph if has_tabs else -1
+            if num_lines == len(rows_L4) or first == count:
+                continue
+            if stop == first:  # a tab: with its width set, this one line is asked for again
+                measured = measured or (np.cumsum(block.widths_N, dtype=np.int64).data, self._tabs(block))
+                self._set_tabs(block, *measured, first, self._limit(measured[0], first, opens))
+                room, tab = 1, -1
+                continue
+            stop = self._annex_break(block, first, base, stop, asks)
+            closes = settings.line_breaks == "keep" and block.classes_N[stop - 1] == BREAK
+            parts.append(np.array([[first, stop, opens, closes]], dtype=np.int64))
+            first, opens = stop, bool(closes)
+        return np.concatenate(parts)
+
+    def _break_lines_alone(self, block: Block, opens: bool) -> np.ndarray:
+        """`_break_lines` without the extension: one step for each line, none for each glyph."""
+        classes = block.classes_N
+        count, known = len(classes), None
         if block.annex_classes_N is None:
             places = simple_breaks(classes)
         else:
             places, known = annex_breaks(block.annex_classes_N)
-        keep, indent = self._settings.line_breaks == "keep", self._settings.first_indent
-        is_break = classes == BREAK
-        ends_N = np.cumsum(block.widths_N)
+        keep = self._settings.line_breaks == "keep"
         # Single items of a memoryview are read several times faster than those of an array.
-        ends, breaks, offsets = ends_N.data, places.data, block.offsets_N.data
-        spaces, hard = (classes == SPACE).tobytes(), is_break.tobytes()
-        tabs = np.append(np.flatnonzero(block.glyph_ids_N == self._tab_glyph), count).data
+        ends, breaks = np.cumsum(block.widths_N, dtype=np.int64).data, places.data
+        spaces, hard = (classes == SPACE).tobytes(), (classes == BREAK).tobytes()
+        tabs = self._tabs(block)
         known_places = None if known is None else known.tobytes()
-        found = np.empty((LINES_AT_ONCE, 4), dtype=np.int64)
+        rows: list[tuple[int, int, bool, bool]] = []
         first = 0
         while first < count:
-            next_tab = tabs[bisect_left(tabs, first)]
-            if native.blit is not None:
-                number, first, opens = native.blit.break_lines(
-                    ends_N, places, known_places or b"", spaces, hard, found, next_tab, width, indent, keep,
-                    known_places is not None, first, opens,
-                )  # fmt: skip
-                for begin, stop, starts, closes in found[:number].tolist():
-                    end = offsets[stop] if stop < count else text_end
-                    yield Line(block, begin, stop, offsets[begin], end, starts == 1, closes == 1)
-                if number == len(found) or first == count:
-                    continue
-            # One line that needs more than tables, or any where there is no extension.
-            limit = (ends[first - 1] if first else 0) + width - (indent if opens else 0)
+            limit = self._limit(ends, first, opens)
             fits = bisect_right(ends, limit, first)
-            if next_tab < fits:
+            if tabs[bisect_left(tabs, first)] < fits:
                 fits = self._set_tabs(block, ends, tabs, first, limit)
             stop = fits if fits > first else first + 1
             while stop < count and spaces[stop]:
@@ -279,15 +323,27 @@ class Layout:
             if forced >= 0:
                 stop = forced + 1
             elif stop < count:
-                number = bisect_right(breaks, stop) - 1
-                if number >= 0 and breaks[number] > first and (known_places is None or known_places[number]):
-                    stop = breaks[number]
+                number = last = bisect_right(breaks, stop) - 1
+                while number >= 0 and breaks[number] > first and known_places is not None and not known_places[number]:
+                    number -= 1
+                base = breaks[number] if number >= 0 and breaks[number] > first else first
+                if base > first and number == last:
+                    stop = base
                 elif known_places is not None:
-                    stop = self._annex_break(block, breaks, known_places, number, first, stop)
-            ends_paragraph = keep and hard[stop - 1] == 1
-            end = offsets[stop] if stop < count else text_end
-            yield Line(block, first, stop, offsets[first], end, opens, ends_paragraph)
-            first, opens = stop, ends_paragraph
+                    stop = self._annex_break(block, first, base, stop, number < last)
+            closes = keep and hard[stop - 1] == 1
+            rows.append((first, stop, opens, closes))
+            first, opens = stop, closes
+        return np.array(rows, dtype=np.int64)
+
+    def _limit(self, ends: memoryview, first: int, opens: bool) -> int:
+        """Where among `ends` the line from the glyph `first` must end."""
+        start = ends[first - 1] if first else 0
+        return start + self._settings.text_width - (self._settings.first_indent if opens else 0)
+
+    def _tabs(self, block: Block) -> memoryview:
+        """Numbers of the glyphs that are tabs, and one past the last glyph."""
+        return np.append(np.flatnonzero(block.glyph_ids_N == self._tab_glyph), len(block.glyph_ids_N)).data
 
     def _set_tabs(self, block: Block, ends: memoryview, tabs: memoryview, first: int, limit: int) -> int:
         """Let the tabs of a line end at the next stop; returns the first glyph that no longer fits."""
@@ -302,19 +358,14 @@ class Layout:
             tab += 1
         return fits
 
-    def _annex_break(self, block: Block, breaks: memoryview, known: bytes, number: int, first: int, stop: int) -> int:
+    def _annex_break(self, block: Block, first: int, base: int, stop: int, asks: bool) -> int:
         """The last glyph, `stop` at most, before which Annex 14 lets the next line begin; where there is none, `stop`,
         or the start of its grapheme cluster.
 
-        `number` is that of the last place in `breaks` that is not after `stop`.
+        `base` is the last such place that the tables know, or `first`; `asks` says that they leave later ones open.
         """
-        base = first
-        if number >= 0 and breaks[number] > first:
-            while number >= 0 and breaks[number] > first and not known[number]:
-                number -= 1
-            base = max(first, breaks[number] if number >= 0 else first)
-            if (asked := self._ask(block, base, stop)) is not None:
-                return asked
+        if asks and (asked := self._ask(block, base, stop)) is not None:
+            return asked
         if base > first:
             return base
         classes = block.annex_classes_N

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+INTERFACE = 2
+"""What `layout` and `raster` call, as _blit.c counts it: a file built from older source is left alone."""
+
 blit: Any
 try:
     from ocrmem.render import _blit as blit  # type: ignore[attr-defined, no-redef]
-except ImportError:
+
+    if blit.INTERFACE != INTERFACE:
+        blit = None
+except (ImportError, AttributeError):
     blit = None

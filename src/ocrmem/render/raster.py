@@ -13,7 +13,7 @@ Besides the letters of `types`: L lines of the page, W pixels between its margin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby, islice, pairwise
+from itertools import pairwise
 
 import numpy as np
 import regex
@@ -23,7 +23,7 @@ from ocrmem.render import native
 from ocrmem.render.atlas import BLANK, Atlas
 from ocrmem.render.bidi import visual_order
 from ocrmem.render.breaking import BREAK, SPACE
-from ocrmem.render.layout import Line
+from ocrmem.render.layout import Block, Lines
 from ocrmem.types import ROLES, Page
 
 _ROLE = regex.compile(rf"(?:\A|(?<=\n))(?:{'|'.join(ROLES)}):(?= )")
@@ -35,22 +35,28 @@ WORKING_SET = 16 << 20
 """Bytes; a page of 1,280 × 1,280 pixels needs five million."""
 
 
-def page_lines(lines: Iterable[Line], settings: RenderSettings) -> Iterator[list[Line]]:
+def page_lines(lines: Iterable[Lines], settings: RenderSettings) -> Iterator[list[Lines]]:
     """Lines, page by page."""
-    if not settings.space_after:
-        rest = iter(lines)
-        while page := list(islice(rest, settings.lines_per_page)):
-            yield page
-        return
     room = settings.lines_per_page * settings.line_height
-    page: list[Line] = []
+    page: list[Lines] = []
     used = 0
-    for line in lines:
-        if page and used + settings.line_height > room:
-            yield page
-            page, used = [], 0
-        page.append(line)
-        used += settings.line_height + settings.space_after * line.ends_paragraph
+    for block, rows_L4 in lines:
+        while len(rows_L4):
+            number = (room - used) // settings.line_height
+            closes_L = rows_L4[: max(1, number), 3]
+            if settings.space_after:
+                begins_L = used + np.cumsum(settings.line_height + settings.space_after * closes_L)[:-1]
+                number = int(np.searchsorted(begins_L, room - settings.line_height, side="right")) + (number > 0)
+            if page and number < 1:
+                yield page
+                page, used = [], 0
+                continue
+            part = rows_L4[: max(1, number)]
+            page.append(Lines(block, part))
+            used += len(part) * settings.line_height
+            if settings.space_after:
+                used += settings.space_after * int(part[:, 3].sum())
+            rows_L4 = rows_L4[len(part) :]
     if page:
         yield page
 
@@ -65,26 +71,24 @@ class Raster:
         # as large as the largest that it has seen freed (32 MiB at most), and this one is never touched.
         np.empty(WORKING_SET, dtype=np.uint8)
 
-    def page(self, lines: list[Line], *, text: str, start: int) -> Page:
+    def page(self, lines: list[Lines], *, text: str, start: int) -> Page:
         """The page of these lines; `text` is the whole text, of which the page holds what begins at `start`."""
         settings, atlas = self._settings, self._atlas
         ids_N, offsets_N, widths_N = _glyphs(lines)
         atlas.count_missing(ids_N)
-        counts_L = np.array([line.stop - line.first for line in lines], dtype=np.int64)
-        ends_L = np.cumsum(counts_L)
+        rows_L4 = lines[0].rows_L4 if len(lines) == 1 else np.concatenate([part.rows_L4 for part in lines])
+        ends_L = np.cumsum(rows_L4[:, 1] - rows_L4[:, 0])
         order_N = None
-        if any(line.block.right_to_left_N is not None for line in lines):
+        if any(part.block.right_to_left_N is not None for part in lines):
             order_N, ids_N = _visual(lines, ids_N, offsets_N, text, atlas)
             widths_N = widths_N[order_N]
-        indents_L = np.zeros(len(lines), dtype=np.int64)
-        if settings.first_indent:
-            indents_L += [settings.first_indent * line.starts_paragraph for line in lines]
+        indents_L = settings.first_indent * rows_L4[:, 2]
         if settings.alignment != "left":
             ids_N, widths_N = ids_N.copy(), widths_N.copy()
             _align(lines, ends_L, indents_L, ids_N, widths_N, settings, len(text))
-        tops_L = settings.margin_top + np.arange(len(lines)) * settings.line_height
+        tops_L = settings.margin_top + np.arange(len(rows_L4)) * settings.line_height
         if settings.space_after:
-            tops_L[1:] += settings.space_after * np.cumsum([line.ends_paragraph for line in lines])[:-1]
+            tops_L[1:] += settings.space_after * np.cumsum(rows_L4[:-1, 3])
 
         image_HW = np.empty((settings.page_height, settings.page_width), dtype=np.uint8)
         boxes_4N = np.empty((4, len(ids_N)), dtype=np.int32)
@@ -99,7 +103,7 @@ class Raster:
             image_HW=image_HW,
             text_start=start,
             text_end=end,
-            num_lines=len(lines),
+            num_lines=len(rows_L4),
             glyph_offsets_N=offsets_N,
             glyph_boxes_N4=boxes_4N.T,
         )
@@ -118,6 +122,7 @@ class Raster:
         without."""
         settings, width, height = self._settings, self._settings.text_width, self._settings.line_height
         if native.blit is not None:
+            ids_N, widths_N = (array_N.astype(np.int32, copy=False) for array_N in (ids_N, widths_N))
             native.blit.draw(
                 image_HW, boxes_4N, ends_L, indents_L, tops_L, ids_N, widths_N, self._atlas.places, self._atlas.pixels,
                 settings.page_width, height, settings.margin_left, settings.margin_left + width, settings.background,
@@ -166,13 +171,12 @@ class Raster:
         return columns
 
 
-def _glyphs(lines: list[Line]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _glyphs(lines: list[Lines]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Glyph ids, offsets and widths of lines; the offsets are a copy, which keeps no block alive."""
-    if lines[0].block is lines[-1].block:
-        block, part = lines[0].block, slice(lines[0].first, lines[-1].stop)
+    parts = [(part.block, slice(int(part.rows_L4[0, 0]), int(part.rows_L4[-1, 1]))) for part in lines]
+    if len(parts) == 1:
+        block, part = parts[0]
         return block.glyph_ids_N[part], block.offsets_N[part].copy(), block.widths_N[part]
-    groups = [list(group) for _, group in groupby(lines, key=lambda line: id(line.block))]
-    parts = [(group[0].block, slice(group[0].first, group[-1].stop)) for group in groups]
     return (
         np.concatenate([block.glyph_ids_N[part] for block, part in parts]),
         np.concatenate([block.offsets_N[part] for block, part in parts]),
@@ -180,23 +184,30 @@ def _glyphs(lines: list[Line]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
+def _each(lines: list[Lines]) -> Iterator[tuple[Block, int, int, bool]]:
+    """Each line's block, its first glyph there, one past its last, and whether it ends a paragraph."""
+    for block, rows_L4 in lines:
+        for first, stop, _, closes in rows_L4.tolist():
+            yield block, first, stop, closes == 1
+
+
 def _visual(
-    lines: list[Line], ids_N: np.ndarray, offsets_N: np.ndarray, text: str, atlas: Atlas
+    lines: list[Lines], ids_N: np.ndarray, offsets_N: np.ndarray, text: str, atlas: Atlas
 ) -> tuple[np.ndarray, np.ndarray]:
     """The glyphs' logical numbers from left to right, line after line, and their ids in that order, brackets
     mirrored. Spaces at the end of a line stay at its right, where they hang over the margin."""
     order_N, ids_N = np.arange(len(ids_N)), ids_N.copy()
     end = 0
-    for line in lines:
-        begin, end = end, end + line.stop - line.first
-        marks = line.block.right_to_left_N
-        if marks is None or not marks[line.first : line.stop].any():
+    for block, first, stop, _ in _each(lines):
+        begin, end = end, end + stop - first
+        marks = block.right_to_left_N
+        if marks is None or not marks[first:stop].any():
             continue
         # A break that is drawn as a mark ends a paragraph, and each has its own direction.
-        classes = line.block.classes_N[line.first : line.first + _inked(line)]
+        classes = block.classes_N[first : first + _inked(block, first, stop)]
         edges = [-1, *np.flatnonzero(classes == BREAK).tolist(), len(classes)]
-        for before, stop in pairwise(edges):
-            part = slice(begin + before + 1, begin + stop)
+        for before, after in pairwise(edges):
+            part = slice(begin + before + 1, begin + after)
             bases = "".join(text[offset] for offset in offsets_N[part].tolist())
             if not bases:
                 continue
@@ -209,15 +220,15 @@ def _visual(
     return order_N, ids_N
 
 
-def _inked(line: Line) -> int:
+def _inked(block: Block, first: int, stop: int) -> int:
     """Glyphs of a line without the spaces and the break at its end."""
-    classes = line.block.classes_N[line.first : line.stop]
+    classes = block.classes_N[first:stop]
     inked = np.flatnonzero((classes != SPACE) & (classes != BREAK))
     return int(inked[-1]) + 1 if len(inked) else 0
 
 
 def _align(
-    lines: list[Line],
+    lines: list[Lines],
     ends_L: np.ndarray,
     indents_L: np.ndarray,
     ids_N: np.ndarray,
@@ -226,16 +237,16 @@ def _align(
     text_length: int,
 ) -> None:
     """Move lines to the right by their indents, or widen their spaces, in place."""
-    for number, line in enumerate(lines):
-        end = int(ends_L[number]) - (line.stop - line.first)
-        inked = slice(end, end + _inked(line))
+    for number, (block, first, stop, closes) in enumerate(_each(lines)):
+        end = int(ends_L[number]) - (stop - first)
+        inked = slice(end, end + _inked(block, first, stop))
         spare = settings.text_width - int(indents_L[number]) - int(widths_N[inked].sum())
         if settings.alignment != "justify":
             indents_L[number] += max(0, spare) // (2 if settings.alignment == "center" else 1)
-        elif not line.ends_paragraph and line.end < text_length:
-            classes = line.block.classes_N[line.first : line.first + inked.stop - inked.start]
-            if line.block.right_to_left_N is not None:
+        elif not closes and block.end_of(stop) < text_length:
+            if block.right_to_left_N is not None:
                 continue  # its glyphs stand in another order than its classes
+            classes = block.classes_N[first : first + inked.stop - inked.start]
             spaces = inked.start + np.flatnonzero(classes == SPACE)
             if spare > 0 and len(spaces):
                 widths_N[spaces] += spare // len(spaces)
