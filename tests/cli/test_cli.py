@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-VERBS = ["params", "fetch", "render", "tune-page", "train", "chat", "doctor"]
+VERBS = ["params", "fetch", "render", "tune-page", "train", "chat", "store", "eval", "doctor"]
 
 
 def ocrmem(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -102,6 +102,13 @@ def test_overrides_and_missing_files(tmp_path):
 def test_chat_refuses_what_is_no_adapter(tmp_path):
     assert "has no config.json" in fails("chat", tmp_path, "-q", "hi")
     assert "give one with --question" in fails("chat", tmp_path, "-", stdin="{}")
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path):
+    for verb in (("eval", tmp_path), ("chat", tmp_path, "-q", "hi")):
+        for device in ("cuda:x", "cuda:99"):
+            assert f"device '{device}' cannot be used here" in fails(*verb, "--device", device)
+    assert "expected more than 0, at most 1" in fails("eval", tmp_path, "--gpu-memory-utilization", "1.5")
 
 
 def test_params_prints_the_seeds_figures_in_little_memory():

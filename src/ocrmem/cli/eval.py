@@ -51,13 +51,15 @@ def command(
     from ocrmem.evaluation.rivals import parse_rivals
     from ocrmem.evaluation.run import PARTS, EvalSettings, evaluate
     from ocrmem.files import write_text
+    from ocrmem.model.llm import usable_device
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype}: expected float32, bfloat16 or float16.")
     if not 0 < gpu_memory_utilization <= 1:
         raise ConfigError(f"--gpu-memory-utilization {gpu_memory_utilization}: expected more than 0, at most 1.")
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(gpu_memory_utilization, torch.device(device).index)
+    place = usable_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(gpu_memory_utilization, place.index)
     try:
         lengths = tuple(int(part) for part in reading_chars.split(","))
     except ValueError:

@@ -11,31 +11,24 @@ of a probe is the number of memory tokens that its history takes, and no arm but
 from __future__ import annotations
 
 import functools
-import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import regex
 import torch
 
 from ocrmem.data.processor import MEMProcessor, stack_pages
+from ocrmem.errors import ConfigError
 from ocrmem.evaluation.exact_arms import EXACT_ARMS, RECALL_ARMS, exact_context
 from ocrmem.evaluation.probes import Probe
 from ocrmem.evaluation.rivals import Rival, history_slots
 from ocrmem.memory.features import encode_pages
+from ocrmem.memory.recall import SENTENCE, load_bm25s
 
-# bm25s starts JAX where it is installed, which would keep three quarters of the GPU's memory for itself.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 try:
-    import bm25s
-except ImportError:  # the arms that need it are left out, and named
+    bm25s = load_bm25s()
+except ConfigError:  # the arms that need it are left out, and named
     bm25s = None
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index at DEBUG, and sets its own level
-
-SNIPPET = regex.compile(r"[^\n.!?]*[\n.!?]+[\"')\]]*\s*|[^\n.!?]+$")
-"""A sentence or line: what the retriever returns."""
 
 PAGES_AT_ONCE = 64
 """Pages drawn into one tensor for the encoder."""
@@ -170,7 +163,7 @@ class Contexts:
         """Number and token ids of each sentence of a probe's history, the best for its query first."""
         assert bm25s is not None, "the arm is left out without it"
         probe = self.probes[index]
-        found = [match.group() for match in SNIPPET.finditer(probe.history) if match.group().strip()]
+        found = [match.group() for match in SENTENCE.finditer(probe.history) if match.group().strip()]
         retriever = bm25s.BM25()
         retriever.index(bm25s.tokenize(found, stopwords="en", show_progress=False), show_progress=False)
         words = bm25s.tokenize([probe.query], stopwords="en", return_ids=False, show_progress=False)[0]

@@ -63,7 +63,8 @@ def make_prompt(probe: Probe, context: Context, chat_format: ChatFormat) -> Prom
 
 @functools.lru_cache(maxsize=8192)
 def _around(probe: Probe, chat_format: ChatFormat, has_context: bool) -> tuple[list[int], list[int], list[int]]:
-    """Token ids before and after the context, and of the target: the same for every arm that has one."""
+    """Token ids before and after the context, and of the target: the same lists for every arm that has one, so
+    nobody may change them."""
     turns = list(probe.turns)
     text = chat_format.text(turns, add_generation_prompt=True, num_placeholders=int(has_context))
     before, _, after = text.partition(chat_format.memory_token) if has_context else ("", "", text)

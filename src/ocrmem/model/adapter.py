@@ -23,7 +23,7 @@ from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import AssetError, CheckpointError
 from ocrmem.files import write_files
 from ocrmem.model.identity import EncoderIdentity, LLMIdentity, from_config
-from ocrmem.model.llm import load_llm
+from ocrmem.model.llm import load_llm, usable_device
 
 if TYPE_CHECKING:
     from ocrmem.model.mem_model import MEMModel
@@ -108,7 +108,9 @@ def load(
         CheckpointError: the folder or a file in it is missing, truncated, or does not fit; or it is a trained rival,
             which only an evaluation can use.
         AdapterMismatchError: the LLM or the encoder is not the one that the adapter was made for.
+        ConfigError: the device cannot be used.
     """
+    device = usable_device(device)
     folder = _find(folder)
     config = read_config(folder)
     if config.rival_record is not None and ocr_embed is None:
@@ -136,7 +138,7 @@ def load(
     wanted_llm.check(LLMIdentity.of(base_llm_model, name=name, revision=revision), adapter=str(folder))
     model = cls(config, base_llm_model=base_llm_model, ocr_embed=ocr_embed, llm_name=name, llm_revision=revision)
     load_projection(model, folder)
-    torch.nn.Module.to(model, device=torch.device(device))
+    torch.nn.Module.to(model, device=device)
     return model.eval()
 
 

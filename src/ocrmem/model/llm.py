@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ocrmem.assets.fetch import asset_revision, resolve
 from ocrmem.config.llm import LLMSettings, llm_config
-from ocrmem.errors import CheckpointError
+from ocrmem.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,21 @@ def load_llm(settings: LLMSettings) -> tuple[PreTrainedModel, str]:
             "config and weights of a causal LM; fetch it again or check the name."
         ) from error
     return llm, asset_revision(settings.name)
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: there is no such device, or nothing can be put on it.
+    """
+    try:
+        return torch.empty(0, device=torch.device(name)).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"device {str(name)!r} cannot be used here: {reason}. Give cpu, or cuda or cuda:N where PyTorch sees a GPU."
+        ) from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
