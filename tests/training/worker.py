@@ -20,7 +20,7 @@ from tiny import tiny_batch, tiny_model
 
 from ocrmem.data.collator import MEMCollator
 from ocrmem.memory.features import FeatureStore
-from ocrmem.training.trainer import MEMTrainer, last_checkpoint
+from ocrmem.training.trainer import MEMTrainer, last_checkpoint, leave_process_group
 
 
 class TinyDataset(Dataset):
@@ -127,8 +127,10 @@ def main() -> None:
         trainer.model.save_pretrained(options.run_dir / "adapter")
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         print("losses", *(f"{loss:.6f}" for loss in losses))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    del trainer
+    leave_process_group()
+    threads = [path.joinpath("comm").read_text().strip() for path in Path("/proc/self/task").glob("*")]
+    assert not [name for name in threads if "gloo" in name], "a thread of gloo outlives the process group"
 
 
 if __name__ == "__main__":

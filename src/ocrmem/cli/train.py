@@ -26,15 +26,13 @@ def command(
     Started again after a kill, the same command goes on from the last checkpoint. Several processes:
     torchrun --nproc-per-node 8 -m ocrmem train CONFIG
     """
-    import torch
-
     from ocrmem.config.train import load_train_config
     from ocrmem.training.run import train
+    from ocrmem.training.trainer import leave_process_group
 
     with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its log; stdout is for the result
         result = train(load_train_config(config, overrides or []), resume=resume)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_process_group()
     losses = [entry["loss"] for entry in result.log_history if "loss" in entry]
     if as_json:
         print(json.dumps(result.as_json()))

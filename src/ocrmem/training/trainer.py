@@ -7,6 +7,7 @@ and appear whole or not at all; a run that could not learn is refused before it 
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import shutil
 from collections.abc import Callable
@@ -242,3 +243,15 @@ def last_checkpoint(run_dir: Path) -> Path | None:
         return None
     found = get_last_checkpoint(str(run_dir))
     return None if found is None else Path(found)
+
+
+def leave_process_group() -> None:
+    """End this process's part in torch.distributed; for the end of a program that has let go of its trainer.
+
+    A model wrapped in DistributedDataParallel holds the process group, and a trainer sits in reference cycles, so
+    `destroy_process_group` alone leaves gloo's threads running. One that lets go of a tensor while Python shuts down
+    aborts the process: "terminate called without an active exception". Collecting the trainer ends them first.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()
