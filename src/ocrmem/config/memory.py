@@ -20,6 +20,9 @@ class MemorySettings:
     """Longest prompt, in tokens before compression; older turns beyond it are left out."""
     header: str = "Earlier in this conversation:\n"
     """Text in front of the memory tokens, inside the system turn."""
+    position_stride: int = 1
+    """Positions that a memory token takes in the LLM's count of them: about as many as the text tokens that it stands
+    for, so that what follows is as far away as it was from the text (Zhao et al. 2024, arXiv:2409.14364)."""
     feature_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Type in which features are cached; fresh features are rounded alike, so that both give the same loss."""
 
@@ -27,6 +30,8 @@ class MemorySettings:
         for name in ("context_threshold", "recent_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"memory setting {name}={getattr(self, name)}: expected 0 or more tokens.")
+        if self.position_stride < 1:
+            raise ConfigError(f"memory setting position_stride={self.position_stride}: expected 1 or more positions.")
         if self.feature_dtype not in ("float16", "bfloat16", "float32"):
             raise ConfigError(f"feature_dtype={self.feature_dtype!r}: expected float16, bfloat16 or float32.")
         if self.max_length <= self.context_threshold:

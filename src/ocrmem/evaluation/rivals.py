@@ -100,6 +100,12 @@ def load_rival(kind: Features, folder: Path, *, model: MEMModel) -> Rival:
             f"{model.ocr_embed.tokens_per_page}; a comparison needs as many. Train it with the adapter's "
             "encoder.settings.steps_per_token."
         )
+    stride = config.memory_settings.position_stride
+    if stride != model.position_stride:
+        raise ConfigError(
+            f"{given}: it was trained with memory.position_stride={stride}, and the adapter with "
+            f"{model.position_stride}; the prompts of a comparison have one. Train it with the adapter's `memory`."
+        )
     llm = model.base_llm_model
     encoder = RivalEncoder(model.ocr_embed, record, llm.config.get_text_config().hidden_size)
     device = next(model.proj.parameters()).device

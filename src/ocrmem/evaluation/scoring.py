@@ -21,7 +21,7 @@ from ocrmem.evaluation.probes import Probe
 from ocrmem.evaluation.rivals import Rival
 from ocrmem.memory.chat_format import ChatFormat
 from ocrmem.model.label_loss import IGNORE_INDEX, at_positions, labelled_positions, logits_at
-from ocrmem.model.mem_model import MEMModel
+from ocrmem.model.mem_model import MEMModel, one_sample_each
 from ocrmem.types import Message
 
 BATCH_POSITIONS = {"cpu": 16384, "cuda": 65536}
@@ -110,7 +110,12 @@ class Scorer:
             labels = batch["labels"]
             index = labelled_positions(labels)
             with at_positions(self.model.get_output_embeddings(), index):
-                outputs = self.model.base_llm_model(inputs_embeds=embeds_BSD, use_cache=False)
+                outputs = self.model.base_llm_model(
+                    inputs_embeds=embeds_BSD,
+                    attention_mask=one_sample_each(batch["input_ids"]),
+                    position_ids=self.model.positions(batch["input_ids"]),
+                    use_cache=False,
+                )
             logits_NC = logits_at(outputs.logits, index, shape_BS=tuple(labels.shape))
             targets_N = labels[index[0], index[1] + 1]
             loss_N = F.cross_entropy(logits_NC.float(), targets_N, reduction="none")
@@ -138,6 +143,7 @@ class Scorer:
             ids = generate(
                 inputs_embeds=self._embeds(batch, chosen),
                 attention_mask=batch["attention_mask"],
+                position_ids=self.model.positions(batch["input_ids"], batch["attention_mask"]),
                 max_new_tokens=max(rooms),
                 stopping_criteria=StoppingCriteriaList([_OwnRoom(torch.tensor(rooms, device=self.device))]),
                 do_sample=False,

@@ -36,10 +36,10 @@ from ocrmem.model.label_loss import (
     logits_at,
     target_loss,
 )
-from ocrmem.model.packed_attention import PACKED, unused_mask
+from ocrmem.model.packed_attention import PACKED, packed_mask, unused_mask
 from ocrmem.model.projection import Projection
 from ocrmem.model.report import trainable_report
-from ocrmem.model.splice import check_counts, splice, splice_at
+from ocrmem.model.splice import check_counts, positions_after, splice, splice_at
 
 
 @dataclass
@@ -110,6 +110,7 @@ class MEMModel(PreTrainedModel):
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base_llm_model.forward).parameters
         self.cross_entropy = cross_entropy_sum
         self._feature_dtype = getattr(torch, config.memory_settings.feature_dtype)
+        self.position_stride = config.memory_settings.position_stride
         name = llm_name or base_llm_model.name_or_path or type(base_llm_model).__name__
         self.config.llm = vars(LLMIdentity.of(base_llm_model, name=name, revision=llm_revision))
         if not weight.is_meta:
@@ -167,7 +168,8 @@ class MEMModel(PreTrainedModel):
             num_pages: int64 [B], how many pages each sample has.
             memory_targets: [P, V, D]; do not run the LLM, but give as the loss the mean of 1 - cosine between each
                 memory token and its target, where that is not zero: a warm start for the projection.
-            position_ids: int64 [B, S]; in a packed row they start anew with every sample.
+            position_ids: int64 [B, S]; in a packed row they start anew with every sample. None: `positions` gives them;
+                with `past_key_values` that hold something, give them where a memory token takes several.
             cu_seq_lens_q: int32 [samples + 1], where the samples of one packed row (B = 1) begin, and S at the end;
                 with `position_ids`.
             max_length_q: positions of the longest sample of a packed row.
@@ -208,7 +210,17 @@ class MEMModel(PreTrainedModel):
             if pads_only_after(attention_mask):
                 attention_mask = None
             elif position_ids is None:
-                position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+                position_ids = self.positions(input_ids, attention_mask)
+        if position_ids is None and self.position_stride > 1:
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                raise SpliceError(
+                    f"past_key_values came without position_ids, and a memory token takes {self.position_stride} "
+                    "positions, so the cache does not tell them. Give the last of `positions(input_ids)` of the whole "
+                    "prompt."
+                )
+            position_ids = self.positions(input_ids, attention_mask)
+        if self.position_stride > 1 and attention_mask is None and cu_seq_lens_q is None and past_key_values is None:
+            attention_mask = one_sample_each(input_ids)
         packing: dict[str, Any] = {}
         if cu_seq_lens_q is not None:
             packing = {
@@ -219,6 +231,8 @@ class MEMModel(PreTrainedModel):
             }
             if embeds_BSD.is_cuda and self.base_llm_model.config._attn_implementation == PACKED:
                 attention_mask = unused_mask(embeds_BSD.device)
+            elif self.position_stride > 1:
+                attention_mask = packed_mask(cu_seq_lens_q, embeds_BSD)
         run_llm = functools.partial(
             self.base_llm_model,
             **packing,
@@ -288,6 +302,11 @@ class MEMModel(PreTrainedModel):
         memory_PVD = self.proj(features, page_num_tokens)
         return splice(embeds_BSD, placeholders_BS, memory_PVD, page_num_tokens)
 
+    def positions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """position_ids int64 [B, S] of prompts, `memory.position_stride` for each of their placeholders."""
+        placeholders_BS = input_ids == self.config.memory_token_id
+        return positions_after(placeholders_BS, self.position_stride, attention_mask=attention_mask)
+
     def _anchor(self, embeds_BSD: torch.Tensor) -> torch.Tensor:
         """Keep `proj` in the graph of a training batch without memory, at weight 0, in the splice's own place.
 
@@ -331,6 +350,8 @@ class MEMModel(PreTrainedModel):
                 page_num_tokens=page_num_tokens,
                 num_pages=num_pages,
             )
+        if self.position_stride > 1:
+            generate_kwargs["position_ids"] = self.positions(input_ids, attention_mask)
         generate: Any = self.base_llm_model.generate
         return generate(input_ids=input_ids, inputs_embeds=embeds_BSD, attention_mask=attention_mask, **generate_kwargs)
 
@@ -414,6 +435,12 @@ class MEMModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load an adapter folder and its frozen parts: `model.adapter.load`, whose keyword arguments it takes."""
         return adapter.load(cls, Path(pretrained_model_name_or_path), **kwargs)
+
+
+def one_sample_each(input_ids: torch.Tensor) -> torch.Tensor:
+    """attention_mask [B, S] of ones, for position_ids with jumps: without a mask and a cache, transformers takes a jump
+    for the beginning of another sample."""
+    return torch.ones_like(input_ids)
 
 
 def pads_only_after(attention_mask_BS: torch.Tensor) -> bool:

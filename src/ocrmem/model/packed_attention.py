@@ -79,5 +79,21 @@ def unused_mask(device: torch.device) -> torch.Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
+def packed_mask(cu_seq_lens: torch.Tensor, embeds_BSD: torch.Tensor) -> torch.Tensor:
+    """What keeps the samples of a row apart where no kernel does: added to the attention's logits, [1, 1, S, S].
+
+    Transformers tells samples apart by jumps in position_ids, which fails where a memory token takes several positions.
+
+    Args:
+        cu_seq_lens: int32 [samples + 1], where each sample begins, and S at the end.
+        embeds_BSD: the row, for its type and device.
+    """
+    positions_S = torch.arange(embeds_BSD.shape[1], device=embeds_BSD.device)
+    sample_S = torch.searchsorted(cu_seq_lens.to(positions_S), positions_S, right=True)
+    seen_SS = (sample_S[:, None] == sample_S[None, :]) & (positions_S[:, None] >= positions_S[None, :])
+    least = torch.finfo(embeds_BSD.dtype).min
+    return torch.where(seen_SS, 0.0, least).to(embeds_BSD.dtype)[None, None]
+
+
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)

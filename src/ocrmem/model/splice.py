@@ -36,6 +36,23 @@ def check_counts(placeholders_BS: torch.Tensor, page_num_tokens_P: torch.Tensor,
         )
 
 
+def positions_after(
+    placeholders_BS: torch.Tensor, stride: int, *, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """position_ids int64 [B, S] where a memory token takes `stride` positions, a text token one and padding none.
+
+    Each stands at the first of its positions.
+
+    Args:
+        placeholders_BS: bool.
+        attention_mask: [B, S], 1 for memory and text, 0 for padding on either side; None: no padding.
+    """
+    taken_BS = torch.where(placeholders_BS, stride, 1)
+    if attention_mask is not None:
+        taken_BS = taken_BS * (attention_mask != 0)
+    return taken_BS.cumsum(dim=-1) - taken_BS
+
+
 def splice(
     embeds_BSD: torch.Tensor,
     placeholders_BS: torch.Tensor,

@@ -12,7 +12,7 @@ from ocrmem.errors import ConfigError, SpliceError
 from ocrmem.memory.growing_pages import MemoryPage
 from ocrmem.memory.split import Split
 from ocrmem.model.mem_model import MEMModel
-from ocrmem.session.reader import Slot
+from ocrmem.session.reader import Slot, num_positions
 from ocrmem.types import Message
 
 BETWEEN = "\n\n"
@@ -166,12 +166,14 @@ def fitted(prompt: MemoryPrompt, model: MEMModel) -> MemoryPrompt:
         ConfigError: it is too long.
     """
     most = max_positions(model)
-    if most is not None and len(prompt.input_ids) >= most:
+    if most is not None and num_positions(prompt.slots, model) >= most:
         tokens = prompt.tokens
+        stride = model.position_stride
+        counted = "" if stride == 1 else f", each of its memory tokens counted as {stride}"
         raise ConfigError(
             f"the prompt has {tokens.total} tokens (memory {tokens.memory}, system text, recent turns and question "
-            f"{tokens.text}), but the LLM reads {most}, its reply included. Lower budget_tokens, or append a long text "
-            "as a message of its own and ask about it then: it becomes memory."
+            f"{tokens.text}), but the LLM reads {most}{counted}, its reply included. Lower budget_tokens, or append a "
+            "long text as a message of its own and ask about it then: it becomes memory."
         )
     return prompt
 

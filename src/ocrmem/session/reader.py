@@ -22,6 +22,12 @@ Slot = int | tuple[str, int]
 """One position: a token id, or the page whose memory token stands there, by its key and first character."""
 
 
+def num_positions(slots: Sequence[Slot], model: MEMModel) -> int:
+    """Positions that slots take in the LLM's count of them."""
+    memory = sum(isinstance(slot, tuple) for slot in slots)
+    return len(slots) + memory * (model.position_stride - 1)
+
+
 class PrefixReader:
     """Reads prompts and goes on token by token, with one cache of keys and values.
 
@@ -106,6 +112,8 @@ class PrefixReader:
         ]
         device = next(model.proj.parameters()).device
         inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=device)}
+        if model.position_stride > 1:
+            inputs["position_ids"] = model.positions(inputs["input_ids"]) + num_positions(self._slots, model)
         if pages:
             inputs["features"] = torch.stack([features[key] for key, _ in pages]).to(device)
             inputs["page_num_tokens"] = torch.tensor([number for _, number in pages], device=device)

@@ -10,7 +10,7 @@ import torch
 from ocrmem.data.processor import MEMProcessor
 from ocrmem.errors import ConfigError
 from ocrmem.session.prompt import MemoryPrompt, max_positions
-from ocrmem.session.reader import PrefixReader
+from ocrmem.session.reader import PrefixReader, num_positions
 
 
 class Decoder:
@@ -43,7 +43,11 @@ class Decoder:
                 "temperature of 0 or more."
             )
         most = max_positions(self.reader.model)
-        room = max_new_tokens if most is None else min(max_new_tokens, most - len(prompt.input_ids))
+        room = (
+            max_new_tokens
+            if most is None
+            else min(max_new_tokens, most - num_positions(prompt.slots, self.reader.model))
+        )
         return self._pieces(prompt, features, room, temperature, seed)
 
     def _pieces(

@@ -74,6 +74,7 @@ def build_objective_trainer(
         seed=arguments.seed,
         rows_per_step=arguments.world_size * arguments.gradient_accumulation_steps,
         pad_token_id=processor.pad_token_id,
+        position_stride=config.memory.position_stride,
     )
     embedding = model.get_input_embeddings()
 
@@ -183,6 +184,7 @@ def evaluation_rows(by_pieces: dict[int, TaskSampler], rows: PackedRows) -> dict
             if task != "reconstruction":
                 wanted[task] = (task, stage.pieces or whole, stage)
     packed = PackedRows(by_pieces, rows.settings, seed=0, rows_per_step=1, pad_token_id=rows.pad_token_id)
+    packed.position_stride = rows.position_stride
     result: dict[str, list[dict[str, Any]]] = {}
     for name, (task, pieces, stage) in wanted.items():
         found = _held_out_rows(by_pieces[pieces], packed, task, pieces, stage)

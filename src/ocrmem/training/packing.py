@@ -37,6 +37,7 @@ class PackedRows(Dataset[dict[str, Any]]):
     Args:
         samplers: by pieces to a memory token; the largest number is that of a stage which names none.
         rows_per_step: rows that one optimizer step takes over all processes; it tells the step, and so the stage.
+        position_stride: positions of a memory token of the last stage; one of fewer pieces takes its share of them.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class PackedRows(Dataset[dict[str, Any]]):
         seed: int,
         rows_per_step: int,
         pad_token_id: int,
+        position_stride: int = 1,
     ) -> None:
         self.samplers, self.settings, self.seed = samplers, settings, seed
+        self.position_stride = position_stride
         self.rows_per_step, self.pad_token_id = rows_per_step, pad_token_id
         self.whole = max(samplers)
 
@@ -119,6 +122,7 @@ class PackedRows(Dataset[dict[str, Any]]):
             features=self.settings.features,
             pieces=pieces if self.whole > 1 else None,
             shares=shares,
+            position_stride=max(1, self.position_stride * pieces // self.whole),
         )
         batch["pieces"] = pieces
         return batch
@@ -162,6 +166,7 @@ def pack(
     features: Features = "ocr",
     pieces: int | None = None,
     shares: Mapping[str, float] | None = None,
+    position_stride: int = 1,
 ) -> dict[str, Any]:
     """One packed row.
 
@@ -169,6 +174,7 @@ def pack(
         memory_token_id: the placeholder's id.
         pieces: to a memory token of the bank, for `rival_slots`.
         shares: of the loss by task; None: every label weighs the same.
+        position_stride: positions that a memory token takes.
 
     Returns:
         `input_ids`, `labels`, `position_ids` int64 [1, length]; `cu_seq_lens_q` int32; `max_length_q`;
@@ -180,7 +186,12 @@ def pack(
     Raises:
         SpliceError: the placeholders are not as many as the memory tokens.
     """
-    row = _row([(sample.input_ids_T, sample.labelled_T) for sample in samples], length, pad_token_id)
+    row = _row(
+        [(sample.input_ids_T, sample.labelled_T) for sample in samples],
+        length,
+        pad_token_id,
+        stride_of={memory_token_id: position_stride},
+    )
     memory = memory_part([sample.units for sample in samples], bank, features=features, pieces=pieces)
     tokens, width = memory["page_num_tokens"].tolist(), memory["units"].shape[1]
     tasks_N = np.concatenate([np.full(int(s.labelled_T[1:].sum()), TASKS.index(s.task)) for s in samples])  # pyright: ignore
@@ -197,6 +208,7 @@ def pack(
             [(s.teacher_ids_T, s.teacher_labelled_T) for s in distilled],  # pyright: ignore
             teacher_length(length),
             pad_token_id,
+            stride_of={},
         )
         batch.update({f"teacher_{name}": value for name, value in teacher.items()})
         taught = [np.full(int(s.labelled_T[1:].sum()), s.teacher_ids_T is not None) for s in samples]
@@ -266,7 +278,9 @@ def target_weights(tasks_N: np.ndarray, shares: Mapping[str, float] | None) -> n
     return (weights_N / weights_N.sum()).astype(np.float32)
 
 
-def _row(pieces: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad_token_id: int) -> dict[str, Any]:
+def _row(
+    pieces: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad_token_id: int, *, stride_of: Mapping[int, int]
+) -> dict[str, Any]:
     input_ids = np.full(length, pad_token_id, dtype=np.int64)
     labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
     positions = np.zeros(length, dtype=np.int64)
@@ -275,7 +289,10 @@ def _row(pieces: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad_token
         begin, end = edges[-1], edges[-1] + len(ids_T)
         input_ids[begin:end] = ids_T
         labels[begin:end][labelled_T] = ids_T[labelled_T]
-        positions[begin:end] = np.arange(end - begin)
+        taken_T = np.ones(len(ids_T), dtype=np.int64)
+        for token, stride in stride_of.items():
+            taken_T[ids_T == token] = stride
+        positions[begin:end] = taken_T.cumsum() - taken_T
         edges.append(end)
     if edges[-1] < length:  # what is left over is a sample of its own, without labels
         positions[edges[-1] :] = np.arange(length - edges[-1])
