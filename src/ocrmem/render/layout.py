@@ -10,8 +10,9 @@ for, so text that is appended never changes a line before the last, and a full p
 
 from __future__ import annotations
 
+import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from ocrmem.render.breaking import (
     BREAKS,
     CONTEXT,
     JOINED,
+    LATER,
     SIMPLE_TABLE,
     SPACE,
     WILD,
@@ -245,10 +247,12 @@ class Layout:
                     shaped = kinds[at] == _JOINING
                     new[0].append(glyph)
                     new[1].append(start + here)
-                    new[2].append(classes[here] if shaped else classes[at])
+                    later = number > 0 and not shaped
+                    marks = later and unicodedata.category(text[here])[0] == "M"
+                    new[2].append(classes[here] | LATER if marks else classes[here])
                     if annex is not None:
                         plain = (single or shaped) and not dropped
-                        new[3].append(JOINED if number and not shaped else annex[here] if plain else WILD)
+                        new[3].append(JOINED if later else annex[here] if plain else WILD)
                     dropped = False
             parts += [tuple(a[done:first] for a in arrays), new]
             done = last
@@ -331,6 +335,8 @@ class Layout:
                     stop = base
                 elif known_places is not None:
                     stop = self._annex_break(block, first, base, stop, number < last)
+                else:
+                    stop = _whole(classes, range(LATER, 2 * LATER), first, stop)
             closes = keep and hard[stop - 1] == 1
             rows.append((first, stop, opens, closes))
             first, opens = stop, closes
@@ -368,12 +374,8 @@ class Layout:
             return asked
         if base > first:
             return base
-        classes = block.annex_classes_N
-        assert classes is not None
-        whole = stop
-        while whole > first and classes[whole] == JOINED:
-            whole -= 1
-        return whole if whole > first else stop
+        assert block.annex_classes_N is not None
+        return _whole(block.annex_classes_N, (JOINED,), first, stop)
 
     def _ask(self, block: Block, base: int, stop: int) -> int | None:
         """The last glyph after `base`, `stop` at most, at which Annex 14 lets a line begin; None where there is none.
@@ -393,6 +395,14 @@ class Layout:
                 if classes[glyph] != JOINED:
                     return glyph
         return None
+
+
+def _whole(classes_N: np.ndarray, later: Container[int], first: int, stop: int) -> int:
+    """The last glyph, `stop` at most, that is in none of the classes `later`; `stop` where none is after `first`."""
+    start = stop
+    while start > first and int(classes_N[start]) in later:
+        start -= 1
+    return start if start > first else stop
 
 
 def _joins(character: str) -> bool:
