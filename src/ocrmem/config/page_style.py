@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "page-bg-color": "#FFFFFF",
     "para-bg-color": None,
     "para-border-color": None,
-    "alignment": "LEFT",
+    "alignment": "START",
     "first-line-indent": 0,
     "left-indent": 0,
     "right-indent": 0,

@@ -40,9 +40,9 @@ class RenderSettings:
     wastes no space after short turns."""
     layout: Literal["simple", "unicode"] = "simple"
     """`simple`: lines break at spaces, after hyphens and between wide characters; text runs in logical order, a tab is
-    four spaces. `unicode`: lines break by Unicode Standard Annex 14, right-to-left runs stand in visual order (Annex 9,
-    each line by itself), and a tab goes on to the next multiple of four spaces. Adapters keep what they were trained
-    with."""
+    four spaces. `unicode`: lines break by Unicode Standard Annex 14, right-to-left runs stand in visual order (Annex 9;
+    controls of direction take effect and are not drawn), and a tab goes on to the next multiple of four spaces. Adapters
+    keep what they were trained with."""
     shaping: Literal["none", "harfbuzz"] = "none"
     """`harfbuzz`: letters of Arabic, Indic and other scripts that change beside others are joined; needs the extra
     `ocrmem[shaping]`. `none`: each letter is drawn alone."""
@@ -52,8 +52,9 @@ class RenderSettings:
     roles: Literal["text", "rule", "inverse"] = "text"
     """How the role at the start of a turn (`user: `) is set apart. `text`: not at all. `rule`: by a thin line above it.
     `inverse`: light on dark."""
-    alignment: Literal["left", "right", "center", "justify"] = "left"
-    """Where lines stand between the margins; `justify` widens the spaces of every line that goes on in the next."""
+    alignment: Literal["start", "left", "right", "center", "justify"] = "start"
+    """Where lines stand between the margins. `start`: at the left; with `layout="unicode"`, right-to-left paragraphs at
+    the right. `justify`: the same, with the spaces of every line widened that goes on in the next."""
     first_indent: int = 0
     """Pixels before the first line of a paragraph."""
     space_after: int = 0
@@ -119,7 +120,7 @@ CHOICES = {
     "shaping": ("none", "harfbuzz"),
     "missing_glyphs": ("code", "name"),
     "roles": ("text", "rule", "inverse"),
-    "alignment": ("left", "right", "center", "justify"),
+    "alignment": ("start", "left", "right", "center", "justify"),
 }
 """The values of the settings that are one of several words."""
 LATER_SETTINGS = (

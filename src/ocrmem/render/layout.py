@@ -22,7 +22,7 @@ import regex
 from ocrmem.config.render import RenderSettings
 from ocrmem.render import native
 from ocrmem.render.atlas import INVISIBLE, ZERO_WIDTH, Atlas
-from ocrmem.render.bidi import runs_right_to_left
+from ocrmem.render.bidi import DIRECTED, runs_right_to_left
 from ocrmem.render.breaking import (
     ANNEX_TABLE,
     BREAK,
@@ -43,6 +43,8 @@ from ocrmem.render.shaping import JOINING
 
 CHUNK = 65536
 """Characters laid out at once; text of any length needs memory for one chunk and one page."""
+DIRECTION_CONTEXT = 2048
+"""Characters before a page that are looked at for the direction of a paragraph that goes on there."""
 LINES_AT_ONCE = 1024
 """Lines that the extension is asked for at once."""
 NUM_CODES = 0x110000
@@ -72,8 +74,8 @@ class Block:
     """uint8: classes of the simple rules."""
     annex_classes_N: np.ndarray | None
     """uint8: classes for Annex 14; None where lines break by the simple rules."""
-    right_to_left_N: np.ndarray | None
-    """bool: glyphs that make their line need a visual order; None where none does."""
+    directed: bool
+    """Whether a line may need an order of its own, or stand at the right."""
     text: str
     first_offset: int
     """Source offset of the first character of `text`."""
@@ -110,10 +112,14 @@ class Layout:
         self._ascii_simple = b""
         self._tab_glyph = atlas.glyphs("\t")[0][0] if self._unicode else -1
         self._tab_width = int(atlas.widths[self._tab_glyph])
+        self._directed = False
+        """Whether right-to-left text has been met; then each line is looked at."""
 
     def lines(self, text: str, *, start: int) -> Iterator[Lines]:
         """The lines of `text` from the character `start`, in order, some hundreds at a time."""
         chunk, opens = CHUNK, self._opens(text, start)
+        if self._unicode and start and not self._directed:
+            self._directed = DIRECTED.search(text, max(0, start - DIRECTION_CONTEXT), start) is not None
         while start < len(text):
             end = min(len(text), start + chunk)
             block = self._block(text[start:end], start)
@@ -150,13 +156,9 @@ class Layout:
         offsets = np.arange(start, start + len(text), dtype=np.int64)
         if (kinds != _SIMPLE).any():
             ids, offsets, classes, annex = self._clustered(text, start, kinds, ids, offsets, classes, annex)
-        right_to_left = None
-        if self._unicode:
-            marks = facts[_RIGHT_TO_LEFT]
-            if marks.any():
-                right_to_left = marks[offsets - start] == 1
+        self._directed |= self._unicode and bool(facts[_RIGHT_TO_LEFT].any())
         widths = self._atlas.widths.take(ids)
-        return Block(ids, offsets, widths, classes, annex, right_to_left, text, start)
+        return Block(ids, offsets, widths, classes, annex, self._directed, text, start)
 
     def _simple_block(self, text: str, start: int) -> Block | None:
         """The glyphs of characters that are known, and each a glyph by itself; None where one is not."""
@@ -168,12 +170,9 @@ class Layout:
         )
         if known < count:
             return None
-        marks = None
-        if marked:
-            codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-            marks = self._facts[:, _RIGHT_TO_LEFT].take(codes) == 1
+        self._directed |= marked
         offsets = np.arange(start, start + count, dtype=np.int64)
-        return Block(ids, offsets, widths, classes, annex if self._unicode else None, marks, text, start)
+        return Block(ids, offsets, widths, classes, annex if self._unicode else None, self._directed, text, start)
 
     def _facts_of(self, codes: np.ndarray) -> np.ndarray:
         """uint8 [4, N]: what is known of each character; one look-up of four bytes, then a row for each of them."""
@@ -188,7 +187,7 @@ class Layout:
         if self._unicode:
             annex = np.frombuffer(raw.translate(self._facts[:256, _ANNEX].tobytes()), dtype=np.uint8)
         offsets = np.arange(start, start + len(text), dtype=np.int64)
-        return Block(ids, offsets, self._atlas.widths.take(ids), classes, annex, None, text, start)
+        return Block(ids, offsets, self._atlas.widths.take(ids), classes, annex, self._directed, text, start)
 
     def _learn(self, codes: np.ndarray) -> None:
         """Fill the tables for characters that have not occurred yet."""
