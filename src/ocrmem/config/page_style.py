@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ocrmem.config.loader import nearest
-from ocrmem.config.render import RenderSettings
+from ocrmem.config.render import EVERY_SCRIPT, RenderSettings
 from ocrmem.errors import ConfigError
 
 PAPER = {"A4": (595.28, 841.89), "A5": (419.53, 595.28), "LETTER": (612.0, 792.0)}
@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "margin-x": 10,
     "margin-y": 10,
     "font-path": "dejavu-sans",
+    "fallback-fonts": EVERY_SCRIPT,
     "font-size": 9,
     "line-height": None,
     "font-color": "#000000",
@@ -35,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "border-padding": 0,
     "horizontal-scale": 1.0,
     "newline-markup": "<br/>",
+    "shaping": "none",
     "auto-crop-width": False,
     "auto-crop-last-page": False,
 }
@@ -82,7 +84,7 @@ def settings_of_style(style: Mapping[str, Any]) -> tuple[RenderSettings, Croppin
         page_height=round(height * scale),
         line_height=line,
         font=str(values["font-path"]),
-        fallback_fonts=("dejavu-sans", "noto-sans-sc"),
+        fallback_fonts=_names(values["fallback-fonts"]),
         font_size=size,
         margin_left=pixels("margin-x") + pixels("left-indent"),
         margin_right=pixels("margin-x") + pixels("right-indent"),
@@ -94,6 +96,7 @@ def settings_of_style(style: Mapping[str, Any]) -> tuple[RenderSettings, Croppin
         horizontal_scale=_number(values, "horizontal-scale"),
         line_breaks="keep" if re.fullmatch(r"<br ?/?>", str(values["newline-markup"])) else "mark",
         layout="unicode",
+        shaping=values["shaping"],
         missing_glyphs="name",
         foreground=_grey(values["font-color"], "font-color"),
         background=_grey(values["page-bg-color"], "page-bg-color"),
@@ -106,6 +109,14 @@ def _number(values: Mapping[str, Any], name: str) -> float:
         return float(values[name])
     except (TypeError, ValueError):
         raise ConfigError(f"page style setting {name}={values[name]!r}: expected a number.") from None
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Names separated by commas, or a list of them."""
+    parts = value.split(",") if isinstance(value, str) else value or ()
+    if not isinstance(parts, (list, tuple)):
+        raise ConfigError(f"page style setting fallback-fonts={value!r}: expected names of fonts, separated by commas.")
+    return tuple(name for part in parts if (name := str(part).strip()))
 
 
 def _paper(value: Any) -> tuple[float, float]:

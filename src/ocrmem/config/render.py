@@ -7,6 +7,12 @@ from typing import Literal
 
 from ocrmem.errors import ConfigError
 
+EVERY_SCRIPT = (
+    "dejavu-sans", "noto-sans-sc", "noto-sans-kr", "noto-sans-devanagari", "noto-sans-thai",
+    "noto-sans-tamil", "noto-sans-telugu", "noto-sans-khmer", "noto-sans-arabic",
+)  # fmt: skip
+"""Fallback fonts for as many scripts as ocrmem has fonts for; each is fetched when a character first needs it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RenderSettings:
@@ -23,7 +29,9 @@ class RenderSettings:
     font: str = "dejavu-sans-mono"
     """Name of a bundled or fetchable font, or a path to a TrueType or OpenType file."""
     fallback_fonts: tuple[str, ...] = ("dejavu-sans", "noto-sans-sc")
-    """Fonts tried in order for a character that `font` lacks; the last resort is a box with the code point."""
+    """Fonts tried in order for a character that `font` lacks; the last resort is a box with the code point. A fetched
+    font for one script, such as noto-sans-kr, is tried for characters of that script alone. Nothing else decides which
+    font is used: one that cannot be had is an error."""
     cell_width: int | None = None
     """Advance of every narrow character (wide East Asian characters take two); glyphs are squeezed to fit.
     None: the font's own proportional advances."""
@@ -40,9 +48,9 @@ class RenderSettings:
     wastes no space after short turns."""
     layout: Literal["simple", "unicode"] = "simple"
     """`simple`: lines break at spaces, after hyphens and between wide characters; text runs in logical order, a tab is
-    four spaces. `unicode`: lines break by Unicode Standard Annex 14, right-to-left runs stand in visual order (Annex 9;
-    controls of direction take effect and are not drawn), and a tab goes on to the next multiple of four spaces. Adapters
-    keep what they were trained with."""
+    four spaces. `unicode`: lines break by Unicode Standard Annex 14, right-to-left text stands in visual order (Annex
+    9; controls of direction take effect and are not drawn), and a tab goes on to the next multiple of four spaces.
+    Adapters keep what they were trained with."""
     shaping: Literal["none", "harfbuzz"] = "none"
     """`harfbuzz`: letters of Arabic, Indic and other scripts that change beside others are joined; needs the extra
     `ocrmem[shaping]`. `none`: each letter is drawn alone."""

@@ -1,4 +1,4 @@
-"""Right-to-left text on a page: paragraph by paragraph, the order of the glyphs of each line and the side it begins at."""
+"""Right-to-left text on a page: the order of the glyphs of each line, and the side that it begins at."""
 
 from __future__ import annotations
 
