@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import pydantic
+
+from ocrmem.config.colours import colour, grey
 from ocrmem.errors import ConfigError
 
 EVERY_SCRIPT = (
@@ -12,6 +15,17 @@ EVERY_SCRIPT = (
     "noto-sans-tamil", "noto-sans-telugu", "noto-sans-khmer", "noto-sans-arabic",
 )  # fmt: skip
 """Fallback fonts for as many scripts as ocrmem has fonts for; each is fetched when a character first needs it."""
+
+
+def _as_grey(value: object) -> object:
+    """Grey value of a colour; anything else as it is."""
+    return grey(colour(value, where="render setting")) if isinstance(value, str) else value
+
+
+Grey = Annotated[int, pydantic.BeforeValidator(_as_grey)]
+
+MAX_SIDE = 16_384
+"""Pixels; a page of A4 at 1,200 dots an inch is 14,031 high. A page is drawn in memory, so more is a slip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +81,22 @@ class RenderSettings:
     """Pixels before the first line of a paragraph."""
     space_after: int = 0
     """Pixels below the last line of a paragraph."""
-    foreground: int = 0
-    """Grey value of the glyphs, 0 (black) to 255 (white)."""
-    background: int = 255
-    """Grey value of the page."""
+    foreground: Grey = 0
+    """Grey value of the glyphs, 0 (black) to 255 (white), or a colour (a CSS name, #RRGGBB), of which encoders see the
+    luma (ITU-R BT.601)."""
+    background: Grey = 255
+    """Grey value or colour of the page."""
 
     def __post_init__(self) -> None:
         for name in ("page_width", "page_height", "line_height", "font_size"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number of pixels")
+            given = getattr(self, name)
+            _require(given > 0, name, given, "a positive number of pixels")
+            _require(given <= MAX_SIDE, name, given, f"at most {MAX_SIDE:,} pixels")
         for name in ("margin_left", "margin_top", "margin_right", "margin_bottom", "first_indent", "space_after"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or more pixels")
         for name in ("foreground", "background"):
+            if isinstance(given := getattr(self, name), str):
+                object.__setattr__(self, name, grey(colour(given, where=f"render setting {name}")))
             _require(0 <= getattr(self, name) <= 255, name, getattr(self, name), "a grey value from 0 to 255")
         for name, choices in CHOICES.items():
             given = getattr(self, name)

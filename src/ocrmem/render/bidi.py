@@ -33,10 +33,10 @@ MAX_OPEN = 60
 MAX_BRACKETS = 63
 """Brackets within each other that are paired (BD16)."""
 _CANONICAL = {"\u2329": "\u3008", "\u232a": "\u3009"}
-_CLOSING = {
+_CLOSING: dict[str, str] = {
     opening: closing
     for opening, closing in MIRRORED.items()
-    if unicodedata.category(opening) == "Ps" and unicodedata.category(closing) == "Pe"
+    if closing and unicodedata.category(opening) == "Ps" and unicodedata.category(closing) == "Pe"
 }
 _CLOSERS = frozenset(_CLOSING.values())
 
