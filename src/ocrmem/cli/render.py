@@ -42,7 +42,7 @@ def command(
 ) -> None:
     """Draw text as the pages that the encoder will read: PNG files, a PDF, a contact sheet, or statistics alone.
 
-    Text of any length is read, drawn and written in little memory; Markdown and conversations are read whole.
+    Text of any length is read, drawn and written in little memory: Markdown block by block, JSONL line by line.
     """
     from ocrmem.errors import ConfigError
     from ocrmem.render.renderer import Renderer
@@ -151,16 +151,15 @@ def read_style(options: list[str]) -> Output:
 
 def texts_of(file: str, markdown: bool) -> Iterator[tuple[str, Iterable[str]]]:
     """(name, parts) of each text that is to be drawn."""
-    from ocrmem.data.texts import MARKDOWN_SUFFIXES, pieces, plain_text, read_texts
+    from ocrmem.data.lines import pieces
+    from ocrmem.data.markdown import plain_pieces
+    from ocrmem.data.texts import stream_texts
 
-    path = Path(file)
     if file == "-":
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-        yield "page", [plain_text(sys.stdin.read())] if markdown else pieces(sys.stdin)
-    elif path.suffix.lower() in (".jsonl", *MARKDOWN_SUFFIXES):
-        yield from ((name, [text]) for name, text in read_texts(path))
+        yield "page", plain_pieces(sys.stdin) if markdown else pieces(sys.stdin)
     else:
-        yield path.stem, pieces(path)
+        yield from stream_texts(Path(file))
 
 
 def numbered(pages: Iterable[Page]) -> Iterator[tuple[int, Page, bool]]:
