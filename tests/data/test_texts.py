@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -84,10 +85,11 @@ def test_pieces_join_to_the_whole_and_end_with_lines(monkeypatch):
 
 
 BLOCKS = (
-    "# Title\n", "A paragraph of *some* text\nover two lines.\n", "- one\n- two\n  - inner\n\n- three\n", "1. a\n2. b\n",
-    "```python\n# no title\n\n- no list\n```\n", "~~~\nopen\n", "> quoted\n> - on\n", "    code\n\n    more\n", "| a | b |\n| - | - |\n| 1 | 2 |\n",
-    "Setext\n===\n", "[a link][here] and [there]\n", "[here]: http://a.example\n", "[there]:\n  http://b.example 'title'\n", "<div>\n*html*\n</div>\n",
-    "---\n", "\n", "\r\n", "text\r\nand\rmore\n", "<!--\n\ncomment\n", "-->\n", "***\n", "\\\n", "last line without a break",
+    "# Title\n", "A paragraph of *some* text\nover two lines.\n", "- one\n- two\n  - inner\n\n- three\n",
+    "1. a\n2. b\n", "```python\n# no title\n\n- no list\n```\n", "~~~\nopen\n", "> quoted\n> - on\n",
+    "    code\n\n    more\n", "| a | b |\n| - | - |\n| 1 | 2 |\n", "Setext\n===\n", "[a link][here] and [there]\n",
+    "[here]: http://a.example\n", "[there]:\n  http://b.example 'title'\n", "<div>\n*html*\n</div>\n", "---\n",
+    "\n", "\r\n", "text\r\nand\rmore\n", "<!--\n\ncomment\n", "-->\n", "***\n", "\\\n", "last line without a break",
 )  # fmt: skip
 
 
@@ -119,8 +121,6 @@ def test_a_block_that_is_too_long_is_cut_at_a_line(monkeypatch):
 
 
 def test_long_markdown_and_jsonl_need_little_memory(tmp_path):
-    import tracemalloc
-
     notes, chats = tmp_path / "notes.md", tmp_path / "chats.jsonl"
     notes.write_text(
         "# Title\n\nSome *text* with [a link][x].\n\n- one\n- two\n\n" * 60_000 + "[x]: http://x.example\n"
