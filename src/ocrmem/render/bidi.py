@@ -19,6 +19,8 @@ from bidi.algorithm import (
     resolve_weak_types,
 )
 
+from ocrmem.render.breaking import BREAKS
+
 DIRECTED = regex.compile(r"[\p{bc=R}\p{bc=AL}\p{bc=AN}\u202a-\u202e\u2066-\u2069]")
 """Characters that give the line that holds them an order of its own, or may."""
 _CONTROLS = regex.compile(r"[\u202a-\u202e\u2066-\u2069]")
@@ -28,6 +30,8 @@ _LRI, _RLI, _FSI, _PDI = "\u2066\u2067\u2068\u2069"
 _ISOLATES = frozenset((_LRI, _RLI, _FSI, _PDI))
 _KEPT = frozenset(("L", "R", "AL", "EN", "ES", "ET", "AN", "CS", "NSM", "WS", "S", "LRE", "RLE", "LRO", "RLO", "PDF"))
 """Types that the rules are shown as they are; what is drawn and of another type is a neutral."""
+DIRECTION_CONTEXT = 2048
+"""Characters before a page that are looked at for the direction of a paragraph that goes on there."""
 MAX_OPEN = 60
 """Embeddings and isolates within each other; deeper ones are neutrals."""
 MAX_BRACKETS = 63
@@ -113,6 +117,13 @@ class Paragraph:
         before = self._open
         self.skip(text)
         return embedding_levels(before + text, self.base)[len(before) :]
+
+
+def paragraph_before(text: str, start: int) -> str:
+    """The text of the paragraph that the character `start` is in, from its start, or from `DIRECTION_CONTEXT`
+    characters before `start`."""
+    least = max(0, start - DIRECTION_CONTEXT)
+    return text[max(least, *(text.rfind(mark, least, start) + 1 for mark in BREAKS)) : start]
 
 
 def embedding_levels(text: str, base: int) -> list[int]:

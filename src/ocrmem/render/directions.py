@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from ocrmem.render.atlas import Atlas
-from ocrmem.render.bidi import Paragraph, visual_order
-from ocrmem.render.breaking import BREAK, BREAKS, SPACE
-from ocrmem.render.layout import DIRECTION_CONTEXT, Block, Lines
+from ocrmem.render.bidi import Paragraph, paragraph_before, visual_order
+from ocrmem.render.breaking import BREAK, SPACE
+from ocrmem.render.layout import Block, Lines
 
 
 def each_line(lines: list[Lines]) -> Iterator[tuple[Block, int, int, bool]]:
@@ -58,13 +58,6 @@ def arrange(
                 at += 2 if text.startswith("\r\n", here) else 1
                 paragraph = Paragraph()
     return order_N, ids_N, np.array(right_L, dtype=bool)
-
-
-def paragraph_before(text: str, start: int) -> str:
-    """The text of the paragraph that the character `start` is in, from its start, or from `DIRECTION_CONTEXT`
-    characters before `start`."""
-    least = max(0, start - DIRECTION_CONTEXT)
-    return text[max(least, *(text.rfind(mark, least, start) + 1 for mark in BREAKS)) : start]
 
 
 def _order(

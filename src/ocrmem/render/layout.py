@@ -22,7 +22,7 @@ import regex
 from ocrmem.config.render import RenderSettings
 from ocrmem.render import native
 from ocrmem.render.atlas import INVISIBLE, ZERO_WIDTH, Atlas
-from ocrmem.render.bidi import DIRECTED, runs_right_to_left
+from ocrmem.render.bidi import DIRECTED, paragraph_before, runs_right_to_left
 from ocrmem.render.breaking import (
     ANNEX_TABLE,
     BREAK,
@@ -43,8 +43,6 @@ from ocrmem.render.shaping import JOINING
 
 CHUNK = 65536
 """Characters laid out at once; text of any length needs memory for one chunk and one page."""
-DIRECTION_CONTEXT = 2048
-"""Characters before a page that are looked at for the direction of a paragraph that goes on there."""
 LINES_AT_ONCE = 1024
 """Lines that the extension is asked for at once."""
 NUM_CODES = 0x110000
@@ -119,7 +117,8 @@ class Layout:
         """The lines of `text` from the character `start`, in order, some hundreds at a time."""
         chunk, opens = CHUNK, self._opens(text, start)
         if self._unicode and start and not self._directed:
-            self._directed = DIRECTED.search(text, max(0, start - DIRECTION_CONTEXT), start) is not None
+            before = paragraph_before(text, start)
+            self._directed = not before.isascii() and DIRECTED.search(before) is not None
         while start < len(text):
             end = min(len(text), start + chunk)
             block = self._block(text[start:end], start)

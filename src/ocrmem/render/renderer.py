@@ -18,8 +18,9 @@ from collections.abc import Iterable, Iterator
 
 from ocrmem.config.render import LATER_SETTINGS, RenderSettings
 from ocrmem.render.atlas import Atlas
+from ocrmem.render.bidi import DIRECTION_CONTEXT
 from ocrmem.render.fonts import font_digest
-from ocrmem.render.layout import DIRECTION_CONTEXT, Layout
+from ocrmem.render.layout import Layout
 from ocrmem.render.raster import Raster, page_lines
 from ocrmem.types import Page
 
