@@ -44,6 +44,18 @@ def test_conversations_and_markdown_on_stdin(tmp_path):
     assert json.loads(done.stdout)["characters"] == len("bold move\n")
 
 
+def test_a_broken_line_is_named_and_leaves_no_half_of_a_pdf(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    good = json.dumps({"messages": [{"role": "user", "content": "Hello. " * 40_000}]})
+    file.write_text(f"{good}\n{{\n")
+    message = fails(
+        "render", file, "--encoder", "deepseek-ocr", "--pdf", tmp_path / "all.pdf", "-o", tmp_path / "pages"
+    )
+    assert f"{file}:2: broken JSON at column 2" in message
+    assert len(list((tmp_path / "pages").iterdir())) > 16, "the pages of the first line were written"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl", "pages"]
+
+
 def test_a_target_that_cannot_be_written_is_one_line(tmp_path):
     file = tmp_path / "notes.txt"
     file.write_text("Some text.\n")

@@ -60,12 +60,16 @@ def command(
     counter = TokenCounter(llm) if llm is not None else None
     sinks = Sinks(output, pdf, contact_sheet, wanted)
     characters = pages = memory_tokens = 0
-    for name, parts in texts_of(file, markdown):
-        for number, page, is_last in numbered(renderer.iter_stream(counter.watch(parts) if counter else parts)):
-            sinks.add(page, f"{name}-{number:04d}", is_last)
-            pages += 1
-            memory_tokens += ocr.num_tokens(page) if ocr is not None else 0
-            characters += page.text_end - page.text_start
+    try:
+        for name, parts in texts_of(file, markdown):
+            for number, page, is_last in numbered(renderer.iter_stream(counter.watch(parts) if counter else parts)):
+                sinks.add(page, f"{name}-{number:04d}", is_last)
+                pages += 1
+                memory_tokens += ocr.num_tokens(page) if ocr is not None else 0
+                characters += page.text_end - page.text_start
+    except BaseException:
+        sinks.discard()
+        raise
     sinks.close()
     result: dict[str, Any] = {
         "pages": sinks.written,
@@ -237,6 +241,11 @@ class Sinks:
             self._pdf.add(image)
         if self._sheet is not None:
             self._sheet.add(image)
+
+    def discard(self) -> None:
+        """Leave no half of a file behind; PNG pages that are written stay."""
+        if self._pdf is not None:
+            self._pdf.discard()
 
     def close(self) -> None:
         """Finish what holds several pages."""

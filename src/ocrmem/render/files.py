@@ -96,6 +96,11 @@ class PdfWriter:
             fsync(self._temporary)
             self._temporary.replace(self._path)
 
+    def discard(self) -> None:
+        """Remove what has been written; a file that was there before stays."""
+        self._waiting.clear()
+        self._temporary.unlink(missing_ok=True)
+
     def _flush(self) -> None:
         if self._waiting:
             first, *others = self._waiting
