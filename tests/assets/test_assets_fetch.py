@@ -360,6 +360,13 @@ def test_names():
         "wiki-leads",
         "long-prose",
         "noto-sans-sc",
+        "noto-sans-kr",
+        "noto-sans-devanagari",
+        "noto-sans-thai",
+        "noto-sans-tamil",
+        "noto-sans-telugu",
+        "noto-sans-khmer",
+        "noto-sans-arabic",
     ]
 
 

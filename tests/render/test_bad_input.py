@@ -106,7 +106,7 @@ def test_pages_without_room_are_refused():
         ({"horizontal_scale": 0}, "horizontal_scale=0: expected a factor"),
         ({"cell_width": 6, "horizontal_scale": 0.9}, "both set the width of glyphs"),
         ({"wide_cell_width": 6}, "wide_cell_width=6 needs cell_width"),
-        ({"alignment": "middle"}, "alignment='middle': expected 'left', 'right', 'center' or 'justify'"),
+        ({"alignment": "middle"}, "alignment='middle': expected 'start', 'left', 'right', 'center' or 'justify'"),
         ({"layout": "html"}, "layout='html': expected 'simple' or 'unicode'"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from ocrmem.config.render import PP_OCR_PAGE, RenderSettings, deepseek_ocr_page
 from ocrmem.errors import ConfigError, RenderError
+from ocrmem.render import native
 from ocrmem.render.files import save_png
 from ocrmem.render.renderer import Renderer, render_identity
 
@@ -79,15 +81,35 @@ def test_any_unicode_is_drawn_and_maps_back_to_its_place(breaks, text):
 @pytest.mark.parametrize("breaks", ["keep", "mark"])
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.sampled_from("ab -中。e\u0301\n\t\u200bwxyz"), min_size=40, max_size=400), more=ANY_TEXT)
+@example(text="aaaaaaaaaa-a。\taaaaaaa\t中\u0301aaaaaaaaaaaaaaaa", more="")
 def test_full_pages_never_change(breaks, text, more):
     renderer = Renderer(dataclasses.replace(SMALL, line_breaks=breaks))
     before, after = renderer.pages(text), renderer.pages(text + more)
     for old, new in zip(before[:-1], after, strict=False):
         assert np.array_equal(old.image_HW, new.image_HW)
         assert (old.text_start, old.text_end) == (new.text_start, new.text_end)
-    if len(before) > 1:
-        again = renderer.pages(text, start=before[1].text_start)
-        assert np.array_equal(again[0].image_HW, before[1].image_HW)
+    for number, page in enumerate(before[1:], start=1):
+        for again, old in zip(renderer.pages(text, start=page.text_start), before[number:], strict=True):
+            assert np.array_equal(again.image_HW, old.image_HW)
+            assert np.array_equal(again.glyph_offsets_N, old.glyph_offsets_N)
+
+
+@pytest.mark.parametrize("way", ["as built", "numpy alone"])
+def test_no_line_begins_with_a_mark(way, monkeypatch):
+    """Neither where a base and its mark are boxes side by side, nor where a long word is cut."""
+    if way == "numpy alone":
+        monkeypatch.setattr(native, "blit", None)
+    renderer = Renderer(SMALL)
+    for text in ("a" * 12 + "中\u0301" + "b" * 9, "中\u0301" * 9, "a中" + "\u0301a", "a" * 10 + "ก\u0e31\u0e48"):
+        for page in renderer.pages(text):
+            firsts = page.glyph_offsets_N[np.flatnonzero(np.diff(page.glyph_boxes_N4[:, 1], prepend=-1))]
+            assert not any(unicodedata.category(text[first])[0] == "M" for first in firsts.tolist())
+    wider = "𠀀" + "\u0f71" * 40  # a cluster of boxes that is longer than a page is cut, and goes on in the same way
+    pages = renderer.pages(wider + "中" * 9)
+    assert len(pages) > 3
+    for number, page in enumerate(pages):
+        for again, old in zip(renderer.pages(wider + "中" * 9, start=page.text_start), pages[number:], strict=True):
+            assert np.array_equal(again.image_HW, old.image_HW)
 
 
 def test_empty_and_blank_texts():

@@ -8,6 +8,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+from bidi import get_display
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from uniseg.linebreak import line_break_boundaries
@@ -15,6 +16,7 @@ from uniseg.linebreak import line_break_boundaries
 from ocrmem.config.render import PP_OCR_PAGE, RenderSettings, deepseek_ocr_page
 from ocrmem.render import native
 from ocrmem.render import renderer as renderer_module
+from ocrmem.render.bidi import embedding_levels, first_strong, visual_order
 from ocrmem.render.breaking import annex_class
 from ocrmem.render.renderer import Renderer
 
@@ -27,8 +29,8 @@ PROSE = dataclasses.replace(deepseek_ocr_page(512), layout="unicode")
 EXAMPLES = int(os.environ.get("OCRMEM_UNICODE_EXAMPLES", "100"))
 """Random strings for each property; 10,000 take some minutes."""
 SCRIPTS = (
-    "ab 1,.-/(\"'\t\n中。あァー가שלוםمرحبا١\u0301\u05b0\u064e\u200b\u00ad\u200d\u202e\u2066👩🔬🇩🇪"
-    "\U0001f3fdक्षิ\r\u2028«»“”…$%"
+    "ab 1,.-/(\"'\t\n中。あァー가שלוםمرحبا١\u0301\u05b0\u064e\u200b\u00ad\u200d👩🔬🇩🇪"
+    "\u202a\u202e\u202c\u2066\u2067\u2068\u2069\u200f\U0001f3fdक्षิ\r\u2028«»“”…$%"
 )
 ANY_TEXT = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=300), st.text(st.sampled_from(SCRIPTS), max_size=300)
@@ -36,7 +38,7 @@ ANY_TEXT = st.one_of(
 ALL_FEATURES = st.fixed_dictionaries(
     {
         "line_breaks": st.sampled_from(["keep", "mark"]),
-        "alignment": st.sampled_from(["left", "right", "center", "justify"]),
+        "alignment": st.sampled_from(["start", "left", "right", "center", "justify"]),
         "roles": st.sampled_from(["text", "rule", "inverse"]),
         "space_after": st.sampled_from([0, 5]),
         "first_indent": st.sampled_from([0, 7]),
@@ -174,13 +176,113 @@ def test_right_to_left_runs_stand_in_visual_order():
     assert lefts[3:7] == [39, 33, 27, 21], "Hebrew letters go to the left"
     assert lefts[7:] == [45, 51, 57]
     assert page.glyph_offsets_N.tolist() == list(range(10)), "the map stays in the order of the text"
-    hebrew = renderer.pages("(של)")[0]
-    mirror = renderer.pages("(לש)", start=0)[0]
+    left = Renderer(dataclasses.replace(SMALL, alignment="left"))
+    hebrew = left.pages("(של)")[0]
+    mirror = left.pages("(לש)", start=0)[0]
     assert hebrew.glyph_boxes_N4[:, 0].tolist() == [21, 15, 9, 3]
     assert (hebrew.image_HW[:, 3:9] != 255).any()
     assert not np.array_equal(hebrew.image_HW, mirror.image_HW)
-    left_bracket = renderer.pages("(a")[0].image_HW[:, 3:9]
+    left_bracket = left.pages("(a")[0].image_HW[:, 3:9]
     assert np.array_equal(hebrew.image_HW[:, 3:9], left_bracket), "the line ends with a bracket that opens to the right"
+
+
+def test_right_to_left_paragraphs_stand_at_the_right():
+    text = "12 שלום abc def ghi jkl mno\nשלום\nabc שלום"
+    page_settings = dataclasses.replace(SMALL, page_height=96)
+
+    def edges(**changes) -> list[tuple[int, int]]:
+        page = Renderer(dataclasses.replace(page_settings, **changes)).pages(text)[0]
+        found, marked = [], "line_breaks" in changes
+        for top in np.unique(page.glyph_boxes_N4[:, 1]):
+            letters = np.array(
+                [text[offset] != " " and (marked or text[offset] != "\n") for offset in page.glyph_offsets_N.tolist()]
+            )
+            boxes = page.glyph_boxes_N4[letters & (page.glyph_boxes_N4[:, 1] == top)]
+            ink = np.flatnonzero((page.image_HW[top : top + 12] != 255).any(axis=0))
+            assert boxes[:, 0].min() <= ink.min() <= ink.max() < boxes[:, 2].max()
+            found.append((int(boxes[:, 0].min()), int(boxes[:, 2].max())))
+        return found
+
+    assert edges() == [(5, 95), (29, 95), (71, 95), (3, 51)], "the second line, Latin alone, is in the first paragraph"
+    assert edges(alignment="left") == [(3, 93), (3, 69), (3, 27), (3, 51)]
+    assert edges(first_indent=6)[2:] == [(65, 89), (9, 57)], "the first line of a paragraph is indented at its start"
+    assert edges(alignment="justify") == [(3, 95), (29, 95), (71, 95), (3, 51)], (
+        "last lines of paragraphs stand at the start"
+    )
+    assert edges(alignment="center")[2:] == [(37, 61), (25, 73)]
+    assert [left for left, _ in edges(line_breaks="mark")] == [3, 3, 3], "a line of several paragraphs is in none"
+
+
+def test_a_right_to_left_line_is_justified():
+    page = Renderer(dataclasses.replace(SMALL, alignment="justify")).pages("שלום שלום שלם שלום שלום")[0]
+    first = page.glyph_boxes_N4[page.glyph_boxes_N4[:, 1] == 2]
+    assert (first[:, 0].min(), first[:, 2].max()) == (3, 95)
+    assert (np.diff(first[:13, 0]) < 0).all(), "from the right to the left"
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [
+        ("abc\u202edef\u202cg", "abcfedg"),
+        ("\u202babc שלום\u202c de", "םולש abc de"),
+        ("שלום \u2066ab (ש)\u2069 ל", "ל ab (ש) םולש"),
+        ("ab \u2068של 12\u2069 34", "ab 12 לש 34"),
+        ("ab של\u200e 12", "ab לש 12"),
+        ("ab של 12", "ab 12 לש"),
+        ("\u2067ab\n\u202dשל", "ab\nשל"),
+        ("\u202dשלום שלום שלום שלום", "שלום שלום שלום שלום"),
+        ("C++ (שלום abc)", "C++ (םולש abc)"),
+        ("ש C++ (a)", "C++ (a) ש"),
+    ],
+)
+def test_controls_of_direction_take_effect_and_are_not_drawn(text, order):
+    renderer = Renderer(SMALL)
+    (page,) = renderer.pages(text)
+    assert not renderer.missing
+    offsets, boxes = page.glyph_offsets_N.tolist(), page.glyph_boxes_N4
+    assert offsets == sorted(offsets)
+    by_place = sorted(range(len(offsets)), key=lambda n: (boxes[n, 1], boxes[n, 0] if text[offsets[n]] != "\n" else 99))
+    mirrored = {"(": ")", ")": "("}
+    found = "".join(text[offsets[n]] for n in by_place)
+    assert found == order or "".join(mirrored.get(c, c) for c in found) == order
+    assert text_of([page], text) == text
+
+
+BIDI = st.text(
+    st.sampled_from(
+        "abאבمر 12١,.-+()[]<>:/%$\u0301\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f!"
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=10 * EXAMPLES, deadline=None)
+@given(text=BIDI)
+def test_the_order_is_that_of_another_implementation(text):
+    """python-bidi's own `get_display`, in Rust, which knows isolates and brackets, but gives no levels."""
+    base = first_strong(text) or 0
+    levels = embedding_levels(text, base)
+    hidden = ("LRE", "RLE", "LRO", "RLO", "PDF", "BN", "LRI", "RLI", "FSI", "PDI")
+    places = [n for n, character in enumerate(text) if unicodedata.bidirectional(character) not in hidden]
+    order = [places[n] for n in visual_order(text, levels, places, base)]
+    theirs = get_display(text, base_dir="LR"[base])
+    assert "".join(text[n] for n in order) == "".join(c for c in theirs if unicodedata.bidirectional(c) not in hidden)
+
+
+def test_a_paragraph_keeps_its_direction_on_the_next_page_and_in_a_stream():
+    text = "שלום \u202e" + "abc def " * 60 + "\nabc\n"
+    renderer = Renderer(SMALL)
+    pages = renderer.pages(text)
+    assert len(pages) > 4
+    assert all(page.glyph_boxes_N4[:, 2].max() == 95 for page in pages[:-1])
+    fresh = Renderer(SMALL).pages(text, start=pages[2].text_start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(renderer_module, "STREAM_PIECE", 20)
+        streamed = list(Renderer(SMALL).iter_stream(text[n : n + 7] for n in range(0, len(text), 7)))
+    for number, page in enumerate(pages):
+        same(streamed[number], page)
+        if number >= 2:
+            same(fresh[number - 2], page)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("uharfbuzz") is None, reason="needs ocrmem[shaping]")

@@ -149,5 +149,106 @@ ASSETS: tuple[Asset, ...] = (
             "packaged by pylopdf-fonts-zh-cn"
         ),
     ),
+    Asset(
+        name="noto-sans-kr",
+        description="Noto Sans KR Regular: Korean (23,174 characters)",
+        package="pylopdf-fonts-ko",
+        version="0.1.1",
+        member="pylopdf_fonts_ko/NotoSansKR-Regular.otf",
+        sha256="69975a0ac8472717870aefeab0a4d52739308d90856b9955313b2ad5e0148d68",
+        size=4_644_748,
+        license="OFL-1.1",
+        license_text="LICENSE in the wheel",
+        attribution=(
+            "Copyright 2014-2021 Adobe (http://www.adobe.com/), Noto Sans KR 2.004 of the Noto CJK fonts, "
+            "packaged by pylopdf-fonts-ko"
+        ),
+    ),
+    Asset(
+        name="noto-sans-devanagari",
+        description="Noto Sans Devanagari: Hindi, Marathi, Nepali and more",
+        package="pylopdf-fonts-hi",
+        version="0.1.1",
+        member="pylopdf_fonts_hi/NotoSansDevanagari-Variable.ttf",
+        sha256="9ce7b04f60e363d8870e5997744cf85cf69d38a4d7d129d364d92a3b14b461d7",
+        size=647_144,
+        license="OFL-1.1",
+        license_text="LICENSE in the wheel",
+        attribution=(
+            "Copyright 2022 The Noto Project Authors (https://github.com/notofonts/devanagari), "
+            "packaged by pylopdf-fonts-hi"
+        ),
+    ),
+    Asset(
+        name="noto-sans-thai",
+        description="Noto Sans Thai",
+        package="pylopdf-fonts-th",
+        version="0.1.1",
+        member="pylopdf_fonts_th/NotoSansThai-Variable.ttf",
+        sha256="5a1c559bb539583c8a1fd99d1c5b9491e5e14478c9cd2bd0970d5c3096cc9ef8",
+        size=218_652,
+        license="OFL-1.1",
+        license_text="LICENSE in the wheel",
+        attribution=(
+            "Copyright 2022 The Noto Project Authors (https://github.com/notofonts/thai), packaged by pylopdf-fonts-th"
+        ),
+    ),
+    Asset(
+        name="noto-sans-tamil",
+        description="Noto Sans Tamil",
+        package="fontpkg-noto-sans-tamil",
+        version="2.4",
+        member="fontpkg_noto_sans_tamil/files/NotoSansTamil[wdth,wght].ttf",
+        sha256="aa3a9b321f4b0bb2c40203ffbde9af89713227866e0e13f76e5b9eeea727cf88",
+        size=340_668,
+        license="OFL-1.1",
+        license_text="LICENSE in the wheel",
+        attribution=(
+            "Copyright 2022 The Noto Project Authors (https://github.com/notofonts/tamil), packaged by fontpkg"
+        ),
+    ),
+    Asset(
+        name="noto-sans-telugu",
+        description="Noto Sans Telugu",
+        package="fontpkg-noto-sans-telugu",
+        version="2.5",
+        member="fontpkg_noto_sans_telugu/files/NotoSansTelugu[wdth,wght].ttf",
+        sha256="e618af7bf999df192ed4f388eba2e563f2b5015034e9cbb317b5bd793bd7334d",
+        size=888_808,
+        license="OFL-1.1",
+        license_text="LICENSE in the wheel",
+        attribution=(
+            "Copyright 2022 The Noto Project Authors (https://github.com/notofonts/telugu), packaged by fontpkg"
+        ),
+    ),
+    Asset(
+        name="noto-sans-khmer",
+        description="Noto Sans Khmer",
+        package="fontpkg-noto-sans-khmer",
+        version="2.4",
+        member="fontpkg_noto_sans_khmer/files/NotoSansKhmer[wdth,wght].ttf",
+        sha256="f37a8431a0c5d5ed2f81a767417546aca576a81fb7eff9c924d46aecf828f2ca",
+        size=359_788,
+        license="OFL-1.1",
+        license_text="LICENSE in the wheel",
+        attribution=(
+            "Copyright 2022 The Noto Project Authors (https://github.com/notofonts/khmer), packaged by fontpkg"
+        ),
+    ),
+    Asset(
+        name="noto-sans-arabic",
+        description="Noto Sans Arabic: Arabic, Persian, Urdu and more",
+        package="pylopdf-fonts-ar",
+        version="0.1.1",
+        member="pylopdf_fonts_ar/NotoSansArabic-Variable.ttf",
+        sha256="63111b5b2e074dd48cc67692e0a2726d86ee94c1c37fe8598257b7b4e87e869e",
+        size=844_676,
+        license="OFL-1.1",
+        license_text="LICENSE in the wheel",
+        attribution=(
+            "Copyright 2022 The Noto Project Authors (https://github.com/notofonts/arabic), "
+            "packaged by pylopdf-fonts-ar"
+        ),
+    ),
 )
 """Every known asset, in the order of listings."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ocrmem.config.page_style import Cropping
-    from ocrmem.config.render import RenderSettings
+    from ocrmem.config.page_style import Output
     from ocrmem.types import Page
 
 
@@ -42,30 +42,34 @@ def command(
 ) -> None:
     """Draw text as the pages that the encoder will read: PNG files, a PDF, a contact sheet, or statistics alone.
 
-    Text of any length is read, drawn and written in little memory; Markdown and conversations are read whole.
+    Text of any length is read, drawn and written in little memory: Markdown block by block, JSONL line by line.
     """
-    from ocrmem.config.page_style import Cropping
     from ocrmem.errors import ConfigError
     from ocrmem.render.renderer import Renderer
 
     if style and settings:
         raise ConfigError("--style and --set both give page settings. Give one of them.")
     ocr = None
-    cropping = Cropping()
     if style:
-        page_settings, cropping = read_style(style)
+        wanted = read_style(style)
     else:
-        ocr, page_settings = encoder_page(encoder, settings or [])
-    renderer = Renderer(page_settings)
+        ocr, wanted = encoder_page(encoder, settings or [])
+    if not wanted.colours.are_grey:
+        wanted = wanted._replace(page=dataclasses.replace(wanted.page, foreground=0, background=255))
+    renderer = Renderer(wanted.page)
     counter = TokenCounter(llm) if llm is not None else None
-    sinks = Sinks(output, pdf, contact_sheet, page_settings, cropping)
+    sinks = Sinks(output, pdf, contact_sheet, wanted)
     characters = pages = memory_tokens = 0
-    for name, parts in texts_of(file, markdown):
-        for number, page, is_last in numbered(renderer.iter_stream(counter.watch(parts) if counter else parts)):
-            sinks.add(page, f"{name}-{number:04d}", is_last)
-            pages += 1
-            memory_tokens += ocr.num_tokens(page) if ocr is not None else 0
-            characters += page.text_end - page.text_start
+    try:
+        for name, parts in texts_of(file, markdown):
+            for number, page, is_last in numbered(renderer.iter_stream(counter.watch(parts) if counter else parts)):
+                sinks.add(page, f"{name}-{number:04d}", is_last)
+                pages += 1
+                memory_tokens += ocr.num_tokens(page) if ocr is not None else 0
+                characters += page.text_end - page.text_start
+    except BaseException:
+        sinks.discard()
+        raise
     sinks.close()
     result: dict[str, Any] = {
         "pages": sinks.written,
@@ -100,25 +104,30 @@ def summary(result: dict[str, Any], output: Path | None) -> str:
     return ", ".join(parts)
 
 
-def encoder_page(name: str, overrides: list[str]) -> tuple[Any, RenderSettings]:
+def encoder_page(name: str, overrides: list[str]) -> tuple[Any, Output]:
     """An encoder without weights, and its preset with the overrides; the encoder is None where it cannot read them."""
+    from ocrmem.config.colours import Colours, colour
     from ocrmem.config.encoder import EncoderSettings
     from ocrmem.config.loader import apply_overrides, from_mapping
+    from ocrmem.config.page_style import Cropping, Output
     from ocrmem.config.render import RenderSettings
     from ocrmem.encoders.registry import build_encoder
     from ocrmem.errors import PageSizeError
 
     settings = EncoderSettings(name=name)
     preset = build_encoder(settings, load_weights=False, device="meta")
-    page = from_mapping(RenderSettings, apply_overrides(preset.page, overrides), where="page")
+    values = apply_overrides(preset.page, overrides)
+    page = from_mapping(RenderSettings, values, where="page")
+    text, paper = (colour(values[name], where=name) for name in ("foreground", "background"))
+    output = Output(page, Cropping(), Colours(text=text, page=paper), dpi=72)
     try:
-        return build_encoder(settings, page=page, load_weights=False, device="meta"), page
+        return build_encoder(settings, page=page, load_weights=False, device="meta"), output
     except PageSizeError as error:
         print(f"no memory tokens are counted: {error}", file=sys.stderr)
-        return None, page
+        return None, output
 
 
-def read_style(options: list[str]) -> tuple[RenderSettings, Cropping]:
+def read_style(options: list[str]) -> Output:
     """The page style of files and KEY=VALUE pairs, later ones first."""
     import yaml
 
@@ -134,27 +143,27 @@ def read_style(options: list[str]) -> tuple[RenderSettings, Cropping]:
                 raise ConfigError(f"page style {option!r} is neither JSON nor YAML: {error}") from None
             if not isinstance(values, dict):
                 raise ConfigError(f"page style {option!r}: expected a mapping of names to values.")
-            style |= values
+            style |= {str(name).replace("_", "-"): value for name, value in values.items()}
             continue
         name, mark, value = option.partition("=")
         if not mark:
             raise ConfigError(f"--style {option!r} is neither a file nor KEY=VALUE. Give the path of a JSON file.")
-        style[name.strip()] = value if name.strip() in ("page-size", "font-color") else yaml.safe_load(value)
+        key = name.strip().replace("_", "-")
+        style[key] = value if key == "page-size" or key.endswith("color") else yaml.safe_load(value)
     return settings_of_style(style)
 
 
 def texts_of(file: str, markdown: bool) -> Iterator[tuple[str, Iterable[str]]]:
     """(name, parts) of each text that is to be drawn."""
-    from ocrmem.data.texts import MARKDOWN_SUFFIXES, pieces, plain_text, read_texts
+    from ocrmem.data.lines import pieces
+    from ocrmem.data.markdown import plain_pieces
+    from ocrmem.data.texts import stream_texts
 
-    path = Path(file)
     if file == "-":
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-        yield "page", [plain_text(sys.stdin.read())] if markdown else pieces(sys.stdin)
-    elif path.suffix.lower() in (".jsonl", *MARKDOWN_SUFFIXES):
-        yield from ((name, [text]) for name, text in read_texts(path))
+        yield "page", plain_pieces(sys.stdin) if markdown else pieces(sys.stdin)
     else:
-        yield path.stem, pieces(path)
+        yield from stream_texts(Path(file))
 
 
 def numbered(pages: Iterable[Page]) -> Iterator[tuple[int, Page, bool]]:
@@ -205,14 +214,13 @@ class Sinks:
         output: Path | None,
         pdf: Path | None,
         sheet: Path | None,
-        settings: RenderSettings,
-        cropping: Cropping,
+        wanted: Output,
     ) -> None:
         from ocrmem.render.files import ContactSheet, PdfWriter
 
         self._output, self._sheet_path = output, sheet
-        self._settings, self._cropping = settings, cropping
-        self._pdf = PdfWriter(pdf) if pdf is not None else None
+        self._wanted = wanted
+        self._pdf = PdfWriter(pdf, dpi=wanted.dpi) if pdf is not None else None
         self._sheet = ContactSheet() if sheet is not None else None
         self.written: list[str] = []
         if output is not None:
@@ -220,17 +228,24 @@ class Sinks:
 
     def add(self, page: Page, name: str, is_last: bool) -> None:
         """Write one page."""
-        from ocrmem.render.files import cropped, save_image
+        from ocrmem.render.files import coloured, cropped, save_image
 
-        image_HW = cropped(page, self._settings, self._cropping, is_last=is_last)
+        image = cropped(page, self._wanted.page, self._wanted.cropping, is_last=is_last)
+        if not self._wanted.colours.are_grey:
+            image = coloured(image, page, self._wanted.page, self._wanted.colours)
         if self._output is not None:
             path = self._output / f"{name}.png"
-            save_image(image_HW, path)
+            save_image(image, path)
             self.written.append(str(path))
         if self._pdf is not None:
-            self._pdf.add(image_HW)
+            self._pdf.add(image)
         if self._sheet is not None:
-            self._sheet.add(image_HW)
+            self._sheet.add(image)
+
+    def discard(self) -> None:
+        """Leave no half of a file behind; PNG pages that are written stay."""
+        if self._pdf is not None:
+            self._pdf.discard()
 
     def close(self) -> None:
         """Finish what holds several pages."""
@@ -239,6 +254,6 @@ class Sinks:
         if self._pdf is not None:
             self._pdf.close()
         if self._sheet is not None and self._sheet_path is not None:
-            save_image(self._sheet.image_HW(), self._sheet_path)
+            save_image(self._sheet.image(), self._sheet_path)
             if self._sheet.left_out:
                 print(f"{self._sheet.left_out} more pages are not on the contact sheet", file=sys.stderr)

@@ -101,6 +101,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section.")
     try:
-        values[last] = yaml.safe_load(text)
+        # A colour such as #ff0000, which YAML takes for a comment.
+        values[last] = text if text.startswith("#") else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None

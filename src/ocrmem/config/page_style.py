@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+from ocrmem.config.colours import RGB, Colours, colour, grey
 from ocrmem.config.loader import nearest
-from ocrmem.config.render import RenderSettings
+from ocrmem.config.render import EVERY_SCRIPT, RenderSettings
 from ocrmem.errors import ConfigError
 
 PAPER = {"A4": (595.28, 841.89), "A5": (419.53, 595.28), "LETTER": (612.0, 792.0)}
@@ -19,13 +21,14 @@ DEFAULTS: dict[str, Any] = {
     "margin-x": 10,
     "margin-y": 10,
     "font-path": "dejavu-sans",
+    "fallback-fonts": EVERY_SCRIPT,
     "font-size": 9,
     "line-height": None,
     "font-color": "#000000",
     "page-bg-color": "#FFFFFF",
     "para-bg-color": None,
     "para-border-color": None,
-    "alignment": "LEFT",
+    "alignment": "START",
     "first-line-indent": 0,
     "left-indent": 0,
     "right-indent": 0,
@@ -35,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "border-padding": 0,
     "horizontal-scale": 1.0,
     "newline-markup": "<br/>",
+    "shaping": "none",
     "auto-crop-width": False,
     "auto-crop-last-page": False,
 }
@@ -51,14 +55,26 @@ class Cropping:
     """Below the last line of the last page."""
 
 
-def settings_of_style(style: Mapping[str, Any]) -> tuple[RenderSettings, Cropping]:
-    """Page settings and cropping of a style; underscores in names are hyphens.
+class Output(NamedTuple):
+    """How pages are drawn and written to files."""
 
-    Lines and colours are rounded to pixels and grey values. The larger of `space-before` and `space-after` is the space
-    between paragraphs. Any `newline-markup` but a line break draws breaks as a mark.
+    page: RenderSettings
+    """The page settings, with grey values for colours."""
+    cropping: Cropping
+    colours: Colours
+    dpi: float
+    """Dots an inch of a PDF's images."""
+
+
+def settings_of_style(style: Mapping[str, Any]) -> Output:
+    """What a style says; underscores in names are hyphens.
+
+    Lengths are rounded to pixels; the page settings have the colours as grey values. The larger of `space-before` and
+    `space-after` is the space between paragraphs. Any `newline-markup` but a line break draws breaks as a mark.
 
     Raises:
-        ConfigError: a name is unknown, a value is none of its kind, or paragraphs shall have borders.
+        ConfigError: a name is unknown, a value is none of its kind, or paragraphs shall have borders. The color of
+            borders is taken and has no effect.
     """
     given = {str(name).replace("_", "-"): value for name, value in style.items()}
     for name in given:
@@ -73,16 +89,23 @@ def settings_of_style(style: Mapping[str, Any]) -> tuple[RenderSettings, Croppin
     def pixels(name: str) -> int:
         return round(_number(values, name) * scale)
 
+    def of(name: str) -> RGB:
+        return colour(values[name], where=f"page style setting {name}")
+
+    behind = None if values["para-bg-color"] is None else of("para-bg-color")
+    colours = Colours(text=of("font-color"), page=of("page-bg-color"), lines=behind)
+    if behind == colours.page:
+        colours = replace(colours, lines=None)
     width, height = _paper(values["page-size"])
-    size = max(1, pixels("font-size"))
-    line = round(1.2 * size) if values["line-height"] is None else max(1, pixels("line-height"))
+    size = pixels("font-size")
+    line = round(1.2 * size) if values["line-height"] is None else pixels("line-height")
     alignment = str(values["alignment"]).lower().removeprefix("ta_")
     settings = RenderSettings(
         page_width=round(width * scale),
         page_height=round(height * scale),
         line_height=line,
         font=str(values["font-path"]),
-        fallback_fonts=("dejavu-sans", "noto-sans-sc"),
+        fallback_fonts=_names(values["fallback-fonts"]),
         font_size=size,
         margin_left=pixels("margin-x") + pixels("left-indent"),
         margin_right=pixels("margin-x") + pixels("right-indent"),
@@ -94,18 +117,37 @@ def settings_of_style(style: Mapping[str, Any]) -> tuple[RenderSettings, Croppin
         horizontal_scale=_number(values, "horizontal-scale"),
         line_breaks="keep" if re.fullmatch(r"<br ?/?>", str(values["newline-markup"])) else "mark",
         layout="unicode",
+        shaping=values["shaping"],
         missing_glyphs="name",
-        foreground=_grey(values["font-color"], "font-color"),
-        background=_grey(values["page-bg-color"], "page-bg-color"),
+        foreground=grey(colours.text),
+        background=grey(colours.page),
     )
-    return settings, Cropping(width=bool(values["auto-crop-width"]), last_page=bool(values["auto-crop-last-page"]))
+    cropping = Cropping(width=_flag(values, "auto-crop-width"), last_page=_flag(values, "auto-crop-last-page"))
+    return Output(settings, cropping, colours, 72 * scale)
 
 
 def _number(values: Mapping[str, Any], name: str) -> float:
     try:
-        return float(values[name])
+        number = float(values[name])
     except (TypeError, ValueError):
-        raise ConfigError(f"page style setting {name}={values[name]!r}: expected a number.") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"page style setting {name}={values[name]!r}: expected a number.")
+    return number
+
+
+def _flag(values: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(values[name], bool):
+        raise ConfigError(f"page style setting {name}={values[name]!r}: expected true or false.")
+    return values[name]
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Names separated by commas, or a list of them."""
+    parts = value.split(",") if isinstance(value, str) else value or ()
+    if not isinstance(parts, (list, tuple)):
+        raise ConfigError(f"page style setting fallback-fonts={value!r}: expected names of fonts, separated by commas.")
+    return tuple(name for part in parts if (name := str(part).strip()))
 
 
 def _paper(value: Any) -> tuple[float, float]:
@@ -113,18 +155,11 @@ def _paper(value: Any) -> tuple[float, float]:
         return PAPER[value.upper()]
     parts = value.split(",") if isinstance(value, str) else value
     try:
-        width, height = map(float, parts)
+        width, height = (float(part) for part in parts)
+        if not math.isfinite(width + height):
+            raise ValueError
     except (TypeError, ValueError):
         raise ConfigError(
             f"page style setting page-size={value!r}: expected WIDTH,HEIGHT in points or one of {', '.join(PAPER)}."
         ) from None
     return width, height
-
-
-def _grey(value: Any, name: str) -> int:
-    """Grey value of a colour, as ITU-R BT.601 weighs red, green and blue."""
-    match = re.fullmatch(r"(?:#|0x)?([0-9a-fA-F]{6})", str(value))
-    if match is None:
-        raise ConfigError(f"page style setting {name}={value!r}: expected a colour such as #000000.")
-    red, green, blue = bytes.fromhex(match[1])
-    return round(0.299 * red + 0.587 * green + 0.114 * blue)

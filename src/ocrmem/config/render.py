@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import pydantic
+
+from ocrmem.config.colours import colour, grey
 from ocrmem.errors import ConfigError
+
+EVERY_SCRIPT = (
+    "dejavu-sans", "noto-sans-sc", "noto-sans-kr", "noto-sans-devanagari", "noto-sans-thai",
+    "noto-sans-tamil", "noto-sans-telugu", "noto-sans-khmer", "noto-sans-arabic",
+)  # fmt: skip
+"""Fallback fonts for as many scripts as ocrmem has fonts for; each is fetched when a character first needs it."""
+
+
+def _as_grey(value: object) -> object:
+    """Grey value of a colour; anything else as it is."""
+    return grey(colour(value, where="render setting")) if isinstance(value, str) else value
+
+
+Grey = Annotated[int, pydantic.BeforeValidator(_as_grey)]
+
+MAX_SIDE = 16_384
+"""Pixels; a page of A4 at 1,200 dots an inch is 14,031 high. A page is drawn in memory, so more is a slip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +43,9 @@ class RenderSettings:
     font: str = "dejavu-sans-mono"
     """Name of a bundled or fetchable font, or a path to a TrueType or OpenType file."""
     fallback_fonts: tuple[str, ...] = ("dejavu-sans", "noto-sans-sc")
-    """Fonts tried in order for a character that `font` lacks; the last resort is a box with the code point."""
+    """Fonts tried in order for a character that `font` lacks; the last resort is a box with the code point. A fetched
+    font for one script, such as noto-sans-kr, is tried for characters of that script alone. Nothing else decides which
+    font is used: one that cannot be had is an error."""
     cell_width: int | None = None
     """Advance of every narrow character (wide East Asian characters take two); glyphs are squeezed to fit.
     None: the font's own proportional advances."""
@@ -40,9 +62,9 @@ class RenderSettings:
     wastes no space after short turns."""
     layout: Literal["simple", "unicode"] = "simple"
     """`simple`: lines break at spaces, after hyphens and between wide characters; text runs in logical order, a tab is
-    four spaces. `unicode`: lines break by Unicode Standard Annex 14, right-to-left runs stand in visual order (Annex 9,
-    each line by itself), and a tab goes on to the next multiple of four spaces. Adapters keep what they were trained
-    with."""
+    four spaces. `unicode`: lines break by Unicode Standard Annex 14, right-to-left text stands in visual order (Annex
+    9; controls of direction take effect and are not drawn), and a tab goes on to the next multiple of four spaces.
+    Adapters keep what they were trained with."""
     shaping: Literal["none", "harfbuzz"] = "none"
     """`harfbuzz`: letters of Arabic, Indic and other scripts that change beside others are joined; needs the extra
     `ocrmem[shaping]`. `none`: each letter is drawn alone."""
@@ -52,23 +74,29 @@ class RenderSettings:
     roles: Literal["text", "rule", "inverse"] = "text"
     """How the role at the start of a turn (`user: `) is set apart. `text`: not at all. `rule`: by a thin line above it.
     `inverse`: light on dark."""
-    alignment: Literal["left", "right", "center", "justify"] = "left"
-    """Where lines stand between the margins; `justify` widens the spaces of every line that goes on in the next."""
+    alignment: Literal["start", "left", "right", "center", "justify"] = "start"
+    """Where lines stand between the margins. `start`: at the left; with `layout="unicode"`, right-to-left paragraphs at
+    the right. `justify`: the same, with the spaces of every line widened that goes on in the next."""
     first_indent: int = 0
     """Pixels before the first line of a paragraph."""
     space_after: int = 0
     """Pixels below the last line of a paragraph."""
-    foreground: int = 0
-    """Grey value of the glyphs, 0 (black) to 255 (white)."""
-    background: int = 255
-    """Grey value of the page."""
+    foreground: Grey = 0
+    """Grey value of the glyphs, 0 (black) to 255 (white), or a colour (a CSS name, #RRGGBB), of which encoders see the
+    luma (ITU-R BT.601)."""
+    background: Grey = 255
+    """Grey value or colour of the page."""
 
     def __post_init__(self) -> None:
         for name in ("page_width", "page_height", "line_height", "font_size"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number of pixels")
+            given = getattr(self, name)
+            _require(given > 0, name, given, "a positive number of pixels")
+            _require(given <= MAX_SIDE, name, given, f"at most {MAX_SIDE:,} pixels")
         for name in ("margin_left", "margin_top", "margin_right", "margin_bottom", "first_indent", "space_after"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or more pixels")
         for name in ("foreground", "background"):
+            if isinstance(given := getattr(self, name), str):
+                object.__setattr__(self, name, grey(colour(given, where=f"render setting {name}")))
             _require(0 <= getattr(self, name) <= 255, name, getattr(self, name), "a grey value from 0 to 255")
         for name, choices in CHOICES.items():
             given = getattr(self, name)
@@ -119,7 +147,7 @@ CHOICES = {
     "shaping": ("none", "harfbuzz"),
     "missing_glyphs": ("code", "name"),
     "roles": ("text", "rule", "inverse"),
-    "alignment": ("left", "right", "center", "justify"),
+    "alignment": ("start", "left", "right", "center", "justify"),
 }
 """The values of the settings that are one of several words."""
 LATER_SETTINGS = (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -51,35 +52,53 @@ def read_conversations(
     Raises:
         DataError: the file cannot be read, a line is broken (and named), or no line holds a conversation.
     """
-    path = Path(path)
-    conversations: list[Conversation] = []
     bad_lines: list[tuple[int, str]] = []
+    found = iter_conversations(path, bad_lines=bad_lines if skip_bad_lines else None)
+    return ConversationFile(list(itertools.islice(found, max_conversations)), bad_lines)
+
+
+def iter_conversations(
+    path: Path, *, bad_lines: list[tuple[int, str]] | None = None, require_reply: bool = True
+) -> Iterator[Conversation]:
+    """`read_conversations`, one at a time.
+
+    Args:
+        path: UTF-8, one object a line.
+        bad_lines: takes number and reason of each broken line, which is then skipped; None: the first is an error.
+        require_reply: whether a conversation without an assistant message is broken.
+
+    Raises:
+        DataError: as `read_conversations`; that no line holds a conversation, after the last one.
+    """
+    path = Path(path)
+    any_found = False
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if max_conversations is not None and len(conversations) >= max_conversations:
-                    break
                 if not line.strip():
                     continue
                 source = f"{path}:{number}"
                 try:
-                    conversations.append(parse_conversation(parse_line(line, source, first=number == 1), source=source))
+                    value = parse_line(line, source, first=number == 1)
+                    conversation = parse_conversation(value, source=source, require_reply=require_reply)
                 except DataError as error:
-                    if not skip_bad_lines:
+                    if bad_lines is None:
                         raise
                     bad_lines.append((number, str(error).removeprefix(f"{source}: ")))
+                    continue
+                any_found = True
+                yield conversation
     except OSError as error:
         raise DataError(
             f"conversation file {str(path)!r} cannot be read: {error.strerror or error}. Give the path of a "
             'JSONL file with one {"messages": […]} object a line.'
         ) from None
-    if not conversations:
+    if not any_found:
         found = f"{len(bad_lines)} broken lines and nothing else" if bad_lines else "no lines"
         first = f" The first is line {bad_lines[0][0]}: {bad_lines[0][1]}" if bad_lines else ""
         raise DataError(
             f'conversation file {str(path)!r} has {found}; expected one {{"messages": […]}} object a line.{first}'
         )
-    return ConversationFile(conversations, bad_lines)
 
 
 def parse_line(line: bytes, source: str, *, first: bool) -> Any:

@@ -8,9 +8,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#define INTERFACE 2 /* raised with every change of the functions' arguments, here and in render/native.py */
+#define INTERFACE 3 /* raised with every change of the functions' arguments, here and in render/native.py */
 #define NUM_BUFFERS 9
 #define NUM_CODES 0x110000
+#define LATER 8 /* added to the simple class of marks that no line begins with, as in render/breaking.py */
 #define TILE 16 /* pixels of a row that are copied at once, PIXELS in render/atlas.py */
 
 static int check(const Py_buffer *buffer, Py_ssize_t size, const char *name)
@@ -232,6 +233,10 @@ static Py_ssize_t find_lines(Py_buffer *arrays, int tab, int64_t width, int64_t 
             else if (annex) {
                 state->stop = stop;
                 return lines;
+            } else {
+                for (place = stop; place > first && pairs[place] & LATER; place--)
+                    ;
+                stop = place > first ? place : stop; /* a long word is cut, but not before a mark */
             }
         }
         rows[4 * lines] = first;

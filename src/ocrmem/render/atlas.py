@@ -32,6 +32,7 @@ copied as fast as single ones."""
 LINES_AT_ONCE = 8
 """Lines gathered before they are written to the page: they stay in a core's cache."""
 INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cf}]")
+_BASE = regex.compile(r"\p{M}+|\P{M}\p{M}*", regex.DOTALL)
 
 
 class Atlas:
@@ -154,13 +155,23 @@ class Atlas:
         first = cluster.index(drawn[0])
         if self._is_drawable(composed) and (face := self._fonts.face_for(composed)) is not None:
             return [(self._add(self._fonts.draw(face, composed)), first)]
-        offsets = [i for i, character in enumerate(cluster) if not INVISIBLE.match(character)]
-        return [(self._single(cluster[offset]), offset) for offset in offsets]
+        return [glyph for match in _BASE.finditer(cluster) for glyph in self._base(match.group(), match.start())]
+
+    def _base(self, text: str, offset: int) -> list[tuple[int, int]]:
+        """The glyphs of one base of a cluster and its marks: one for all where a font has them all, else one for
+        each."""
+        offsets = [i for i, character in enumerate(text) if not INVISIBLE.match(character)]
+        composed = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+        if len(offsets) > 1 and self._is_drawable(composed) and (face := self._fonts.face_for(composed)) is not None:
+            return [(self._add(self._fonts.draw(face, composed)), offset + offsets[0])]
+        return [(self._single(text[i]), offset + i) for i in offsets]
 
     def _is_drawable(self, text: str) -> bool:
-        """One character, or a base with marks over it; never several bases, which would need shaping."""
-        return unicodedata.category(text[0]) not in ("Cc", "Cs") and all(
-            unicodedata.category(c)[0] == "M" for c in text[1:]
+        """One character, or a base with marks over it; never several bases, which would need shaping, and never
+        several marks without a base: they may be the rest of a cluster that was cut, whose marks were drawn alone."""
+        categories = [unicodedata.category(character) for character in text]
+        return categories[0] not in ("Cc", "Cs") and (
+            len(text) == 1 or (categories[0][0] != "M" and all(category[0] == "M" for category in categories[1:]))
         )
 
     def _single(self, character: str) -> int:

@@ -19,6 +19,10 @@ _CLOSING = frozenset("，。！？、；：）」』】》〉”’…—·,.!?;
 """Characters before which a line of East Asian text is not broken by the simple rules."""
 OTHER, SPACE, HYPHEN, WIDE, CLOSE, BREAK = range(6)
 """Classes of the simple rules."""
+LATER = 8
+"""Added to the class of a mark that is drawn beside its base, as a box or from another font: no line begins with it. A
+line may begin with a later base of a grapheme cluster, such as the second person of a family: adapters were trained on
+pages where it does."""
 WILD, LETTER, BLANK, IDEOGRAPH, POINT, END, JOINED, HARD, WIDE_END, ALPHA, HYPHEN_MINUS, OPEN, QUOTE = range(13)
 """Classes for Annex 14. WILD: ask it. ALPHA: letters of ASCII. LETTER: other AL, HL, NU. BLANK: the space.
 IDEOGRAPH: breaks on both sides. OPEN: brackets. POINT, QUOTE: hold on to letters on both sides. END: holds on to what
@@ -69,21 +73,21 @@ def annex_class(character: str) -> int:
 
 def simple_breaks(classes_N: np.ndarray) -> np.ndarray:
     """int64 numbers of the glyphs before which a line may begin, by the simple rules."""
-    before, after = classes_N[:-1], classes_N[1:]
-    if not (classes_N == WIDE).any():
-        may = (before == SPACE) | (before == BREAK) | ((before == HYPHEN) & (after == OTHER))
-        return np.flatnonzero(may) + 1
-    return np.flatnonzero(_may_break(before, after)) + 1
+    pairs = classes_N[:-1] << 4 | classes_N[1:]
+    decisions = np.frombuffer(pairs.tobytes().translate(SIMPLE_TABLE[:256]), dtype=np.uint8)
+    return np.flatnonzero(decisions == _KNOWN) + 1
 
 
-def _may_break(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """bool: whether a line may break between two glyphs of these classes, by the simple rules."""
+def _may_break() -> np.ndarray:
+    """bool [256]: whether a line may break between two glyphs, by their classes by the simple rules."""
+    before, after = np.divmod(np.arange(256), 16)
+    before = before % LATER
     may = (before == SPACE) | (before == BREAK)
     may |= (before == HYPHEN) & (after == OTHER)
     may |= ((before == WIDE) | (before == CLOSE)) & (after == WIDE)
     may |= (before == WIDE) & (after != CLOSE)
     may |= (before == OTHER) & (after == WIDE)
-    return may
+    return may & (after < LATER)
 
 
 def annex_breaks(classes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +136,7 @@ _DECISIONS = _decide()
 ANNEX_TABLE = _DECISIONS + np.pad([_ENDS_WORDS, _IS_ALPHA], ((0, 0), (0, 3))).astype(np.uint8).tobytes()
 """`annex_breaks` for the extension: the decision for each pair of classes; then for `_SPACED`, and for `_HYPHENED`, a
 row of 16 flags, whether the place is known after a class."""
-SIMPLE_TABLE = bytes(np.where(_may_break(*np.divmod(np.arange(256), 16)), _KNOWN, _HOLDS).tolist()) + bytes(32)
+SIMPLE_TABLE = bytes(np.where(_may_break(), _KNOWN, _HOLDS).tolist()) + bytes(32)
 """The same for `simple_breaks`."""
 
 

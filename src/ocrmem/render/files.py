@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ocrmem.config.colours import RGB, Colours
 from ocrmem.config.page_style import Cropping
 from ocrmem.config.render import RenderSettings
 from ocrmem.files import fsync, write_files
@@ -29,10 +30,10 @@ def save_png(page: Page, path: Path) -> None:
     save_image(page.image_HW, path)
 
 
-def save_image(image_HW: np.ndarray, path: Path) -> None:
-    """Write a grey image as PNG, whole or not at all."""
+def save_image(image: np.ndarray, path: Path) -> None:
+    """Write an image, [H, W] grey or [H, W, 3], as PNG, whole or not at all."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image_HW)).save(buffer, format="png")
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, format="png")
     write_files(path.parent, {path.name: lambda temporary: temporary.write_bytes(buffer.getvalue())})
 
 
@@ -49,8 +50,27 @@ def cropped(page: Page, settings: RenderSettings, cropping: Cropping, *, is_last
     return page.image_HW[:height, :width]
 
 
+def coloured(image_HW: np.ndarray, page: Page, settings: RenderSettings, colours: Colours) -> np.ndarray:
+    """uint8 [H, W, 3]: a page drawn in black on white, or a part of it from the top left, in colours.
+
+    A pixel that a glyph covers by a share a is (1 − a) × the colour behind + a × the colour of the text.
+    """
+    cover_256 = 1 - np.arange(256)[:, None] / 255
+
+    def table(behind: RGB) -> np.ndarray:
+        return np.rint((1 - cover_256) * behind + cover_256 * colours.text).astype(np.uint8)
+
+    image_HW3 = table(colours.page)[image_HW]
+    if colours.lines is not None:
+        left, right = settings.margin_left, settings.page_width - settings.margin_right
+        for top in np.unique(page.glyph_boxes_N4[:, 1]).tolist():
+            line = slice(top, top + settings.line_height), slice(left, right)
+            image_HW3[line] = table(colours.lines)[image_HW[line]]
+    return image_HW3
+
+
 class PdfWriter:
-    """Writes grey images to one PDF, a batch at a time, so that any number of pages fits into memory.
+    """Writes images to one PDF, a batch at a time, so that any number of pages fits into memory.
 
     The file is written beside its place and renamed by `close`.
     """
@@ -63,9 +83,9 @@ class PdfWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary.unlink(missing_ok=True)
 
-    def add(self, image_HW: np.ndarray) -> None:
+    def add(self, image: np.ndarray) -> None:
         """Append a page."""
-        self._waiting.append(Image.fromarray(np.ascontiguousarray(image_HW)))
+        self._waiting.append(Image.fromarray(np.ascontiguousarray(image)))
         if len(self._waiting) == PDF_BATCH:
             self._flush()
 
@@ -75,6 +95,11 @@ class PdfWriter:
         if self._temporary.exists():
             fsync(self._temporary)
             self._temporary.replace(self._path)
+
+    def discard(self) -> None:
+        """Remove what has been written; a file that was there before stays."""
+        self._waiting.clear()
+        self._temporary.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         if self._waiting:
@@ -93,22 +118,23 @@ class ContactSheet:
         self._thumbnails: list[Image.Image] = []
         self.left_out = 0
 
-    def add(self, image_HW: np.ndarray) -> None:
+    def add(self, image: np.ndarray) -> None:
         """Append a page; beyond `SHEET_PAGES` it is only counted."""
         if len(self._thumbnails) == SHEET_PAGES:
             self.left_out += 1
             return
-        image = Image.fromarray(np.ascontiguousarray(image_HW))
-        height = max(1, round(image.height * THUMBNAIL / image.width))
-        small = image.resize((THUMBNAIL, height), Image.Resampling.LANCZOS)
-        self._thumbnails.append(ImageOps.expand(small, border=1, fill=128))
+        page = Image.fromarray(np.ascontiguousarray(image))
+        height = max(1, round(page.height * THUMBNAIL / page.width))
+        small = page.resize((THUMBNAIL, height), Image.Resampling.LANCZOS)
+        self._thumbnails.append(ImageOps.expand(small, border=1, fill="#808080"))
 
-    def image_HW(self) -> np.ndarray:
-        """uint8 grey image of the sheet."""
+    def image(self) -> np.ndarray:
+        """uint8 image of the sheet, [H, W], or [H, W, 3] where pages are in colour."""
         columns = max(1, min(SHEET_COLUMNS, len(self._thumbnails)))
         rows = math.ceil(len(self._thumbnails) / columns)
         cell = max((image.height for image in self._thumbnails), default=0)
-        sheet = Image.new("L", (GAP + columns * (THUMBNAIL + 2 + GAP), GAP + rows * (cell + GAP)), 235)
+        mode = "RGB" if any(image.mode == "RGB" for image in self._thumbnails) else "L"
+        sheet = Image.new(mode, (GAP + columns * (THUMBNAIL + 2 + GAP), GAP + rows * (cell + GAP)), "#ebebeb")
         for number, image in enumerate(self._thumbnails):
             row, column = divmod(number, columns)
             sheet.paste(image, (GAP + column * (THUMBNAIL + 2 + GAP), GAP + row * (cell + GAP)))

@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import regex
 from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,7 +18,18 @@ from ocrmem.errors import RenderError
 from ocrmem.render.hexbox import hex_box
 
 BUNDLED = {"dejavu-sans": "DejaVuSans.ttf", "dejavu-sans-mono": "DejaVuSansMono.ttf"}
-FETCHED = ("noto-sans-sc",)
+FETCHED = {
+    "noto-sans-sc": None,
+    "noto-sans-kr": "Hang",
+    "noto-sans-devanagari": "Deva",
+    "noto-sans-thai": "Thai",
+    "noto-sans-tamil": "Taml",
+    "noto-sans-telugu": "Telu",
+    "noto-sans-khmer": "Khmr",
+    "noto-sans-arabic": "Arab",
+}
+"""The script (ISO 15924) that a font is asked about as a fallback; None: about any character. So an emoji that no font
+has does not fetch and open them all."""
 MAX_MARKS = 30
 """Combining marks drawn over one base; Unicode's stream-safe text (Standard Annex 15) has no more."""
 FOLDER = Path(__file__).with_name("font_files")
@@ -95,6 +107,10 @@ class FontSet:
         self._settings = settings
         self.names = (settings.font, *settings.fallback_fonts)
         self._faces: dict[int, Face] = {}
+        self._scripts = [
+            regex.compile(rf"\p{{Script_Extensions={script}}}") if number and (script := FETCHED.get(name)) else None
+            for number, name in enumerate(self.names)
+        ]
         self._primary = self._face(0)
         ascent, descent = self._primary.font.getmetrics()
         spare = settings.line_height - ascent - descent
@@ -109,8 +125,8 @@ class FontSet:
     def face_for(self, text: str) -> Face | None:
         """The first font that has every character of `text`; None where none has."""
         codes = {ord(character) for character in text}
-        for index in range(len(self.names)):
-            if codes <= self._face(index).characters:
+        for index, script in enumerate(self._scripts):
+            if (script is None or script.search(text)) and codes <= self._face(index).characters:
                 return self._face(index)
         return None
 

@@ -10,8 +10,9 @@ for, so text that is appended never changes a line before the last, and a full p
 
 from __future__ import annotations
 
+import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,13 +22,14 @@ import regex
 from ocrmem.config.render import RenderSettings
 from ocrmem.render import native
 from ocrmem.render.atlas import INVISIBLE, ZERO_WIDTH, Atlas
-from ocrmem.render.bidi import runs_right_to_left
+from ocrmem.render.bidi import DIRECTED, paragraph_before, runs_right_to_left
 from ocrmem.render.breaking import (
     ANNEX_TABLE,
     BREAK,
     BREAKS,
     CONTEXT,
     JOINED,
+    LATER,
     SIMPLE_TABLE,
     SPACE,
     WILD,
@@ -70,8 +72,8 @@ class Block:
     """uint8: classes of the simple rules."""
     annex_classes_N: np.ndarray | None
     """uint8: classes for Annex 14; None where lines break by the simple rules."""
-    right_to_left_N: np.ndarray | None
-    """bool: glyphs that make their line need a visual order; None where none does."""
+    directed: bool
+    """Whether a line may need an order of its own, or stand at the right."""
     text: str
     first_offset: int
     """Source offset of the first character of `text`."""
@@ -108,10 +110,15 @@ class Layout:
         self._ascii_simple = b""
         self._tab_glyph = atlas.glyphs("\t")[0][0] if self._unicode else -1
         self._tab_width = int(atlas.widths[self._tab_glyph])
+        self._directed = False
+        """Whether right-to-left text has been met; then each line is looked at."""
 
     def lines(self, text: str, *, start: int) -> Iterator[Lines]:
         """The lines of `text` from the character `start`, in order, some hundreds at a time."""
         chunk, opens = CHUNK, self._opens(text, start)
+        if self._unicode and start and not self._directed:
+            before = paragraph_before(text, start)
+            self._directed = not before.isascii() and DIRECTED.search(before) is not None
         while start < len(text):
             end = min(len(text), start + chunk)
             block = self._block(text[start:end], start)
@@ -148,13 +155,9 @@ class Layout:
         offsets = np.arange(start, start + len(text), dtype=np.int64)
         if (kinds != _SIMPLE).any():
             ids, offsets, classes, annex = self._clustered(text, start, kinds, ids, offsets, classes, annex)
-        right_to_left = None
-        if self._unicode:
-            marks = facts[_RIGHT_TO_LEFT]
-            if marks.any():
-                right_to_left = marks[offsets - start] == 1
+        self._directed |= self._unicode and bool(facts[_RIGHT_TO_LEFT].any())
         widths = self._atlas.widths.take(ids)
-        return Block(ids, offsets, widths, classes, annex, right_to_left, text, start)
+        return Block(ids, offsets, widths, classes, annex, self._directed, text, start)
 
     def _simple_block(self, text: str, start: int) -> Block | None:
         """The glyphs of characters that are known, and each a glyph by itself; None where one is not."""
@@ -166,12 +169,9 @@ class Layout:
         )
         if known < count:
             return None
-        marks = None
-        if marked:
-            codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-            marks = self._facts[:, _RIGHT_TO_LEFT].take(codes) == 1
+        self._directed |= marked
         offsets = np.arange(start, start + count, dtype=np.int64)
-        return Block(ids, offsets, widths, classes, annex if self._unicode else None, marks, text, start)
+        return Block(ids, offsets, widths, classes, annex if self._unicode else None, self._directed, text, start)
 
     def _facts_of(self, codes: np.ndarray) -> np.ndarray:
         """uint8 [4, N]: what is known of each character; one look-up of four bytes, then a row for each of them."""
@@ -186,7 +186,7 @@ class Layout:
         if self._unicode:
             annex = np.frombuffer(raw.translate(self._facts[:256, _ANNEX].tobytes()), dtype=np.uint8)
         offsets = np.arange(start, start + len(text), dtype=np.int64)
-        return Block(ids, offsets, self._atlas.widths.take(ids), classes, annex, None, text, start)
+        return Block(ids, offsets, self._atlas.widths.take(ids), classes, annex, self._directed, text, start)
 
     def _learn(self, codes: np.ndarray) -> None:
         """Fill the tables for characters that have not occurred yet."""
@@ -245,10 +245,12 @@ class Layout:
                     shaped = kinds[at] == _JOINING
                     new[0].append(glyph)
                     new[1].append(start + here)
-                    new[2].append(classes[here] if shaped else classes[at])
+                    later = number > 0 and not shaped
+                    marks = later and unicodedata.category(text[here])[0] == "M"
+                    new[2].append(classes[here] | LATER if marks else classes[here])
                     if annex is not None:
                         plain = (single or shaped) and not dropped
-                        new[3].append(JOINED if number and not shaped else annex[here] if plain else WILD)
+                        new[3].append(JOINED if later else annex[here] if plain else WILD)
                     dropped = False
             parts += [tuple(a[done:first] for a in arrays), new]
             done = last
@@ -331,6 +333,8 @@ class Layout:
                     stop = base
                 elif known_places is not None:
                     stop = self._annex_break(block, first, base, stop, number < last)
+                else:
+                    stop = _whole(classes, range(LATER, 2 * LATER), first, stop)
             closes = keep and hard[stop - 1] == 1
             rows.append((first, stop, opens, closes))
             first, opens = stop, closes
@@ -368,12 +372,8 @@ class Layout:
             return asked
         if base > first:
             return base
-        classes = block.annex_classes_N
-        assert classes is not None
-        whole = stop
-        while whole > first and classes[whole] == JOINED:
-            whole -= 1
-        return whole if whole > first else stop
+        assert block.annex_classes_N is not None
+        return _whole(block.annex_classes_N, (JOINED,), first, stop)
 
     def _ask(self, block: Block, base: int, stop: int) -> int | None:
         """The last glyph after `base`, `stop` at most, at which Annex 14 lets a line begin; None where there is none.
@@ -393,6 +393,14 @@ class Layout:
                 if classes[glyph] != JOINED:
                     return glyph
         return None
+
+
+def _whole(classes_N: np.ndarray, later: Container[int], first: int, stop: int) -> int:
+    """The last glyph, `stop` at most, that is in none of the classes `later`; `stop` where none is after `first`."""
+    start = stop
+    while start > first and int(classes_N[start]) in later:
+        start -= 1
+    return start if start > first else stop
 
 
 def _joins(character: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-INTERFACE = 2
+INTERFACE = 3
 """What `layout` and `raster` call, as _blit.c counts it: a file built from older source is left alone."""
 
 blit: Any

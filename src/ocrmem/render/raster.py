@@ -13,7 +13,6 @@ Besides the letters of `types`: L lines of the page, W pixels between its margin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 
 import numpy as np
 import regex
@@ -21,9 +20,9 @@ import regex
 from ocrmem.config.render import RenderSettings
 from ocrmem.render import native
 from ocrmem.render.atlas import BLANK, Atlas
-from ocrmem.render.bidi import visual_order
-from ocrmem.render.breaking import BREAK, SPACE
-from ocrmem.render.layout import Block, Lines
+from ocrmem.render.breaking import SPACE
+from ocrmem.render.directions import arrange, each_line, inked
+from ocrmem.render.layout import Lines
 from ocrmem.types import ROLES, Page
 
 _ROLE = regex.compile(rf"(?:\A|(?<=\n))(?:{'|'.join(ROLES)}):(?= )")
@@ -78,14 +77,16 @@ class Raster:
         atlas.count_missing(ids_N)
         rows_L4 = lines[0].rows_L4 if len(lines) == 1 else np.concatenate([part.rows_L4 for part in lines])
         ends_L = np.cumsum(rows_L4[:, 1] - rows_L4[:, 0])
-        order_N = None
-        if any(part.block.right_to_left_N is not None for part in lines):
-            order_N, ids_N = _visual(lines, ids_N, offsets_N, text, atlas)
+        order_N = right_L = None
+        if any(part.block.directed for part in lines):
+            order_N, ids_N, right_L = arrange(lines, ids_N, offsets_N, text, start, atlas)
             widths_N = widths_N[order_N]
+            if settings.line_breaks == "mark" or not right_L.any():
+                right_L = None
         indents_L = settings.first_indent * rows_L4[:, 2]
-        if settings.alignment != "left":
+        if settings.alignment not in ("start", "left") or right_L is not None:
             ids_N, widths_N = ids_N.copy(), widths_N.copy()
-            _align(lines, ends_L, indents_L, ids_N, widths_N, settings, len(text))
+            _align(lines, ends_L, indents_L, right_L, order_N, ids_N, widths_N, settings, len(text))
         tops_L = settings.margin_top + np.arange(len(rows_L4)) * settings.line_height
         if settings.space_after:
             tops_L[1:] += settings.space_after * np.cumsum(rows_L4[:-1, 3])
@@ -184,74 +185,41 @@ def _glyphs(lines: list[Lines]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
-def _each(lines: list[Lines]) -> Iterator[tuple[Block, int, int, bool]]:
-    """Each line's block, its first glyph there, one past its last, and whether it ends a paragraph."""
-    for block, rows_L4 in lines:
-        for first, stop, _, closes in rows_L4.tolist():
-            yield block, first, stop, closes == 1
-
-
-def _visual(
-    lines: list[Lines], ids_N: np.ndarray, offsets_N: np.ndarray, text: str, atlas: Atlas
-) -> tuple[np.ndarray, np.ndarray]:
-    """The glyphs' logical numbers from left to right, line after line, and their ids in that order, brackets
-    mirrored. Spaces at the end of a line stay at its right, where they hang over the margin."""
-    order_N, ids_N = np.arange(len(ids_N)), ids_N.copy()
-    end = 0
-    for block, first, stop, _ in _each(lines):
-        begin, end = end, end + stop - first
-        marks = block.right_to_left_N
-        if marks is None or not marks[first:stop].any():
-            continue
-        # A break that is drawn as a mark ends a paragraph, and each has its own direction.
-        classes = block.classes_N[first : first + _inked(block, first, stop)]
-        edges = [-1, *np.flatnonzero(classes == BREAK).tolist(), len(classes)]
-        for before, after in pairwise(edges):
-            part = slice(begin + before + 1, begin + after)
-            bases = "".join(text[offset] for offset in offsets_N[part].tolist())
-            if not bases:
-                continue
-            order, mirrored = visual_order(bases)
-            order_N[part] = part.start + order
-            ids_N[part] = ids_N[part.start + order]
-            for place in np.flatnonzero(mirrored).tolist():
-                glyph = int(ids_N[part.start + place])
-                ids_N[part.start + place] = atlas.mirror(glyph, bases[order[place]])
-    return order_N, ids_N
-
-
-def _inked(block: Block, first: int, stop: int) -> int:
-    """Glyphs of a line without the spaces and the break at its end."""
-    classes = block.classes_N[first:stop]
-    inked = np.flatnonzero((classes != SPACE) & (classes != BREAK))
-    return int(inked[-1]) + 1 if len(inked) else 0
-
-
 def _align(
     lines: list[Lines],
     ends_L: np.ndarray,
     indents_L: np.ndarray,
+    right_L: np.ndarray | None,
+    order_N: np.ndarray | None,
     ids_N: np.ndarray,
     widths_N: np.ndarray,
     settings: RenderSettings,
     text_length: int,
 ) -> None:
-    """Move lines to the right by their indents, or widen their spaces, in place."""
-    for number, (block, first, stop, closes) in enumerate(_each(lines)):
+    """Move lines to the right by their indents, or widen their spaces, in place. The first line of a right-to-left
+    paragraph is indented at its right."""
+    for number, (block, first, stop, closes) in enumerate(each_line(lines)):
+        is_right = right_L is not None and bool(right_L[number])
         end = int(ends_L[number]) - (stop - first)
-        inked = slice(end, end + _inked(block, first, stop))
-        spare = settings.text_width - int(indents_L[number]) - int(widths_N[inked].sum())
-        if settings.alignment != "justify":
-            indents_L[number] += max(0, spare) // (2 if settings.alignment == "center" else 1)
-        elif not closes and block.end_of(stop) < text_length:
-            if block.right_to_left_N is not None:
-                continue  # its glyphs stand in another order than its classes
-            classes = block.classes_N[first : first + inked.stop - inked.start]
-            spaces = inked.start + np.flatnonzero(classes == SPACE)
+        glyphs = slice(end, end + inked(block, first, stop))
+        spare = max(0, settings.text_width - int(indents_L[number]) - int(widths_N[glyphs].sum()))
+        alignment = settings.alignment
+        if alignment == "justify" and not closes and block.end_of(stop) < text_length:
+            classes = block.classes_N[first : first + glyphs.stop - end]
+            if order_N is not None:
+                classes = classes[order_N[glyphs] - end]
+            spaces = end + np.flatnonzero(classes == SPACE)
             if spare > 0 and len(spaces):
                 widths_N[spaces] += spare // len(spaces)
                 widths_N[spaces[: spare % len(spaces)]] += 1
                 ids_N[spaces] = BLANK
+                spare = 0
+        if is_right:
+            indents_L[number] = 0
+        if alignment == "center":
+            indents_L[number] += spare // 2
+        elif alignment == "right" or (is_right and alignment in ("start", "justify")):
+            indents_L[number] += spare
 
 
 def _mark_roles(

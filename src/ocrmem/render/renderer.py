@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 
 from ocrmem.config.render import LATER_SETTINGS, RenderSettings
 from ocrmem.render.atlas import Atlas
+from ocrmem.render.bidi import DIRECTION_CONTEXT
 from ocrmem.render.fonts import font_digest
 from ocrmem.render.layout import Layout
 from ocrmem.render.raster import Raster, page_lines
@@ -87,7 +88,9 @@ class Renderer:
                 yield _moved(page, base)
                 start, enough = page.text_end, STREAM_PIECE
                 kept = int(page.glyph_offsets_N[-1]) if len(page.glyph_offsets_N) else page.text_start
-            # The last glyph before the next page stays: a paragraph begins after a line break.
+            # The last glyph before the next page stays, since a paragraph begins after a line break, and what tells the
+            # direction of a paragraph that goes on.
+            kept = max(0, min(kept, start - DIRECTION_CONTEXT))
             text, start, base = text[kept:], start - kept, base + kept
         for page in self._draw(text + "".join(waiting), start):
             yield _moved(page, base)
