@@ -40,6 +40,8 @@ def command(
 ) -> None:
     """Evaluate on held-out text only, and write a results file.
 
+    What is done so far is kept beside it as `….json.unfinished`.
+
     `python -m ocrmem.evaluation.report` makes the page and the plots of all results files.
     """
     import torch
@@ -69,6 +71,7 @@ def command(
         samples=samples, next_turn_samples=next_turn_samples, reading_chars=lengths, parts=tuple(parts.split(","))
     )
     path = output or Path("results/fidelity") / f"{adapter.name}.json"
+    unfinished = path.with_name(f"{path.name}.unfinished")
     before = None
     if set(settings.parts) != set(PARTS) and path.exists():
         before = read_file(path)
@@ -89,9 +92,11 @@ def command(
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype),
             progress=progress,
+            keep=lambda found: write_text(unfinished, json.dumps(found, indent=1) + "\n"),
         )
     whole = results if before is None else merge_results(before, results, source=str(path))
     write_text(path, json.dumps(whole, indent=1) + "\n")
+    unfinished.unlink(missing_ok=True)
     if as_json:
         print(json.dumps(results))
         return

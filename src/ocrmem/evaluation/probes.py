@@ -349,6 +349,32 @@ def check_not_trained(probes: Sequence[Probe], trained: Collection[str], *, who:
     )
 
 
+def check_held_out(
+    documents: Sequence[Document],
+    conversations: Sequence[Conversation],
+    trained: Sequence[str],
+    *,
+    who: str = "adapter",
+) -> None:
+    """Refuse to evaluate on files that hold a document of the training manifest.
+
+    Args:
+        who: whose manifest it is, for the message.
+
+    Raises:
+        DataError: some document was trained on.
+    """
+    whole = [
+        Probe(task="reading", source="prose", id=id_, history=text, turns=(), target=text, query="",
+              document_hashes=(document_hash(text),))
+        for id_, text in (
+            *((document.id, document.text) for document in documents),
+            *((conversation.source, history_text(conversation.messages)) for conversation in conversations),
+        )
+    ]  # fmt: skip
+    check_not_trained(whole, trained, who=who)
+
+
 def _hash(document: Document | Conversation) -> str:
     """As in a training manifest, where a conversation's text is that of its history."""
     whole = history_text(document.messages) if isinstance(document, Conversation) else document.text

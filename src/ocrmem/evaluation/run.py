@@ -10,7 +10,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from ocrmem import __version__
 from ocrmem.assets.fetch import resolve
 from ocrmem.config.objectives import Features
 from ocrmem.data.conversations import read_conversations
-from ocrmem.data.documents import Document, document_hash, read_documents
+from ocrmem.data.documents import Document, read_documents
 from ocrmem.data.processor import MEMProcessor
 from ocrmem.errors import ConfigError
 from ocrmem.evaluation import metrics, probes
@@ -32,7 +32,6 @@ from ocrmem.evaluation.probes import Probe
 from ocrmem.evaluation.report import SCALE_ARMS, SCHEMA, check_schema
 from ocrmem.evaluation.rivals import RIVALS, Rival, load_rival
 from ocrmem.evaluation.scoring import Prompt, Scorer, make_prompt
-from ocrmem.memory.history import history_text
 from ocrmem.model.adapter import read_manifest
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.model.projection import Projection
@@ -82,6 +81,7 @@ class EvalSettings:
             raise ConfigError("an evaluation needs at least one sample, and at least one seed.")
 
 
+Rows = list[dict[str, Any]]
 Progress = Callable[[str, int, int], None]
 """Takes what is being done, how many are done, and how many there are."""
 
@@ -94,11 +94,14 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     progress: Progress = lambda *_: None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Evaluate an adapter folder.
 
     Args:
         rivals: folders of trained rivals by kind; each is an arm.
+        keep: called after each length and each task with the results so far, so that a run that is stopped loses one
+            of them at most.
 
     Returns:
         The results file's content, by `report.SCHEMA`.
@@ -115,15 +118,13 @@ def evaluate(
     conversations = read_conversations(_file(settings.conversations)).conversations
     documents = read_documents(_file(settings.prose))
     manifest = read_manifest(adapter)
-    check_held_out(documents, conversations, manifest.get("documents", ()))
+    probes.check_held_out(documents, conversations, manifest.get("documents", ()))
     loaded = [load_rival(kind, folder, model=model) for kind, folder in (rivals or {}).items()]
     for rival in loaded:
-        check_held_out(documents, conversations, rival.manifest.get("documents", ()), who=f"rival {rival.kind}")
+        probes.check_held_out(documents, conversations, rival.manifest.get("documents", ()), who=f"rival {rival.kind}")
     left_out = [(kind, "no trained projection was given") for kind in RIVALS if kind not in (rivals or {})]
     run = _Run(model, processor, settings, progress, loaded)
-    reading = run.reading(documents, conversations) if "reading" in settings.parts else []
-    using = run.using(documents, conversations) if "using" in settings.parts else []
-    results = {
+    about = {
         "schema": SCHEMA,
         "probes": probes.PROBES,
         "command": " ".join(["ocrmem", *sys.argv[1:]]),
@@ -136,45 +137,31 @@ def evaluate(
         },
         "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU",
         "seeds": list(settings.seeds),
-        "adapter": {
-            "name": adapter.name,
-            "steps": int(manifest.get("steps", 0)),
-            "memory_ratio": statistics.fmean(run.ratios) if run.ratios else 1.0,
-        },
+        "adapter": {"name": adapter.name, "steps": int(manifest.get("steps", 0)), "memory_ratio": 1.0},
         "rivals": [{"arm": rival.kind, "steps": int(rival.manifest.get("steps", 0))} for rival in loaded],
-        "reading": reading,
-        "using": using,
-        "mean_gain": run.mean_gains() if using else [],
-        "cost": run.cost(conversations) if "cost" in settings.parts else [],
+        "reading": [],
+        "using": [],
+        "mean_gain": [],
+        "cost": [],
         "left_out": [{"arm": arm, "reason": reason} for arm, reason in (*LEFT_OUT, *left_out, *arms_left_out())],
     }
-    return check_schema(json.loads(json.dumps(results)), source="results")
 
+    def results() -> dict[str, Any]:
+        about["adapter"]["memory_ratio"] = statistics.fmean(run.ratios) if run.ratios else 1.0
+        return check_schema(json.loads(json.dumps(about)), source="results")
 
-def check_held_out(
-    documents: Sequence[Document],
-    conversations: Sequence[Conversation],
-    trained: Sequence[str],
-    *,
-    who: str = "adapter",
-) -> None:
-    """Refuse to evaluate on files that hold a document of the training manifest.
-
-    Args:
-        who: whose manifest it is, for the message.
-
-    Raises:
-        DataError: some document was trained on.
-    """
-    whole = [
-        Probe(task="reading", source="prose", id=id_, history=text, turns=(), target=text, query="",
-              document_hashes=(document_hash(text),))
-        for id_, text in (
-            *((document.id, document.text) for document in documents),
-            *((conversation.source, history_text(conversation.messages)) for conversation in conversations),
-        )
-    ]  # fmt: skip
-    probes.check_not_trained(whole, trained, who=who)
+    if "reading" in settings.parts:
+        for rows in run.reading(documents, conversations):
+            about["reading"] += rows
+            keep(results())
+    if "using" in settings.parts:
+        for rows in run.using(documents, conversations):
+            about["using"] += rows
+            about["mean_gain"] = run.mean_gains()
+            keep(results())
+    if "cost" in settings.parts:
+        about["cost"] = run.cost(conversations)
+    return results()
 
 
 def _file(path: str) -> Path:
@@ -200,9 +187,8 @@ class _Run:
         generator = torch.Generator().manual_seed(settings.seeds[0])
         self.untrained = _untrained(model, generator)
 
-    def reading(self, documents: Sequence[Document], conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
-        """Reconstruction at every length: teacher-forced accuracy, greedy errors, identifiers."""
-        rows = []
+    def reading(self, documents: Sequence[Document], conversations: Sequence[Conversation]) -> Iterator[Rows]:
+        """Reconstruction, length by length: teacher-forced accuracy, greedy errors, identifiers."""
         joined = [_joined(documents, start) for start in range(0, len(documents), 12)]
         for chars in self.settings.reading_chars:
             contexts: dict[str, Contexts] = {}
@@ -222,9 +208,10 @@ class _Run:
             answers = self._answers(
                 f"reading {chars}: answers", asked, lambda prompt: int(READING_ROOM * len(prompt.target)) + 4
             )
-            for (source, arm), accuracy in accuracies.items():
-                rows.append(self._read(arm, source, chars, contexts[source], accuracy, answers.get((source, arm), [])))
-        return rows
+            yield [
+                self._read(arm, source, chars, contexts[source], accuracy, answers.get((source, arm), []))
+                for (source, arm), accuracy in accuracies.items()
+            ]
 
     def _prompts(self, arm: str, contexts: Contexts) -> list[Prompt]:
         given = [contexts.context(arm, index) for index in range(len(contexts.probes))]
@@ -268,8 +255,8 @@ class _Run:
         """Tokens of a memory besides its placeholders."""
         return self.processor.chat_format.separator_tokens(has_system=False)
 
-    def using(self, documents: Sequence[Document], conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
-        """Cued recall, cloze questions and the next turn, for every arm."""
+    def using(self, documents: Sequence[Document], conversations: Sequence[Conversation]) -> Iterator[Rows]:
+        """Cued recall, cloze questions and the next turn, one after the other, for every arm."""
         s = self.settings
         tasks: list[tuple[str, str, list[Probe]]] = [
             ("cued-recall", "prose", self._deal(lambda n, seed: probes.cued_recall_probes(
@@ -282,12 +269,13 @@ class _Run:
                 conversations, n=n, seed=seed, max_history_chars=s.history_chars, min_history_chars=512),
                 s.next_turn_samples)),
         ]  # fmt: skip
-        rows = []
         self.losses = {}
         for task, source, found in tasks:
             if not found:
                 continue
+            self.progress(f"{task} {source}: contexts", 0, len(found))
             contexts = self._contexts(found)
+            self.progress(f"{task} {source}: contexts", len(found), len(found))
             prompts: dict[str, list[Prompt]] = {}
             losses: dict[str, np.ndarray] = {}
             for arm in (*contexts.arms, "untrained-projection"):
@@ -303,9 +291,8 @@ class _Run:
                 asked = {arm: chosen for arm, chosen in prompts.items() if arm in ANSWERED}
                 answers = self._answers(f"{task} {source}: answers", asked, lambda _: s.answer_tokens)
             budgets = {arm: statistics.fmean(p.context.num_tokens for p in chosen) for arm, chosen in prompts.items()}
-            rows += [self._row(task, source, arm, found, budgets[arm], losses, answers.get(arm)) for arm in losses]
             self.losses[task, source] = losses
-        return rows
+            yield [self._row(task, source, arm, found, budgets[arm], losses, answers.get(arm)) for arm in losses]
 
     def mean_gains(self) -> list[dict[str, Any]]:
         """Mean of G over the tasks that `using` scored, the sources of a task together, for each arm."""
