@@ -21,7 +21,7 @@ from ocrmem.encoders.base import OCREncoder
 from ocrmem.encoders.pp_ocr import PPOCREncoder
 from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import ConfigError, DataError
-from ocrmem.training.build import build_model, find_data, training_arguments
+from ocrmem.training.build import build_model, feature_folder, find_data, training_arguments
 from ocrmem.training.corpus import lexicon_documents, read_corpora
 from ocrmem.training.objectives import FeatureSource, ObjectiveTrainer
 from ocrmem.training.packing import PackedRows, fill
@@ -156,7 +156,7 @@ def corpus_bank(
     if paths == settings.corpora and settings.lexicon:
         documents += lexicon_documents(documents, tokenizer, settings.lexicon)
     log.info("%d documents, %d characters", len(documents), sum(len(document.text) for document in documents))
-    folder = Path(config.feature_cache) if config.feature_cache else cache_dir() / "features"
+    folder = feature_folder(config)
     return build_bank(
         documents,
         encoder=finest(config, encoder),
