@@ -36,7 +36,7 @@ from ocrmem.types import Conversation, Page
 
 log = logging.getLogger(__name__)
 
-PAGES_PER_SHARD = 128
+PAGES_PER_SHARD = 64
 """Pages of a block, as far as they can be told from the conversations' lengths."""
 CHARS_PER_PAGE = 2000
 """By which that is told. Only the sizes of the shards depend on it."""
@@ -304,7 +304,7 @@ def _evaluation_blocks(dataset: Dataset, pages_per_shard: int) -> list[Block]:
     pages = 0
     for number, (conversation, messages) in enumerate(chosen.values(), start=1):
         run.append((conversation, tuple(messages)))
-        pages += _estimated_pages(conversation)
+        pages += len(messages) + sum(len(message.content) for message in conversation.messages) // CHARS_PER_PAGE
         if pages >= pages_per_shard or number == len(chosen):
             blocks.append(Block(tuple(conversation for conversation, _ in run), tuple(replies for _, replies in run)))
             run, pages = [], 0

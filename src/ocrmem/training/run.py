@@ -88,9 +88,11 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     adapter = run_dir / ADAPTER_FOLDER
     history = trainer.state.log_history
+    weights = {f"proj.{name}": value for name, value in trainer.full_weights().items()}  # by all processes together
     if trainer.args.should_save:
         manifest = training_manifest(train_dataset, config, steps=trainer.state.global_step)
-        model.save_pretrained(adapter, model_card=training_card(model.config, config, history), manifest=manifest)
+        card = training_card(model.config, config, history)
+        model.save_pretrained(adapter, state_dict=weights, model_card=card, manifest=manifest)
     return TrainResult(
         adapter=adapter,
         steps=trainer.state.global_step,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ocrmem.errors import CheckpointError, ConfigError, TrainingError
@@ -26,6 +26,13 @@ from ocrmem.memory.features import FeatureStore, encode_pages
 from ocrmem.model.adapter import load_projection
 from ocrmem.model.freeze import check_trainable
 from ocrmem.model.mem_model import MEMModel
+from ocrmem.training.sharded import (
+    asked_for_fsdp,
+    full_optimizer_state,
+    full_weights,
+    load_optimizer_state,
+    load_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +160,12 @@ class MEMTrainer(ExplainedTrainer):
             data_collator=data_collator,
             callbacks=[StopOnNonFinite(), *(callbacks or [])],
         )
+        if asked_for_fsdp() and not self.is_fsdp_enabled:
+            log.warning(
+                "the launcher asks for FSDP, but accelerate shards on accelerators only; on %s every process holds the "
+                "whole model and the run is DDP. The result is the same; launch with the DDP config to not read this.",
+                args.device,
+            )
         self.add_callback(GradientFlowCallback("proj", mode=gradient_check, prepare=self.check_inputs))
         self.feature_store = feature_store
         self._feature_dtype = getattr(torch, model.config.memory_settings.feature_dtype)
@@ -176,6 +189,57 @@ class MEMTrainer(ExplainedTrainer):
                 device=self.args.device,
             )
         return inputs
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter folder, its weights gathered from all processes; every process calls this."""
+        weights = self.full_weights()
+        if self.args.should_save:
+            self._save(output_dir, state_dict={f"proj.{name}": value for name, value in weights.items()})
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """The projection's state, whole, on the CPU, however the processes share it; every process calls this."""
+        return full_weights(self.model.proj)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The optimizer's state whole, so that any number of processes can go on from it."""
+        if not self._is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = full_optimizer_state(self.optimizer, self.model.proj)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Whatever number of processes wrote it."""
+        if not self._is_sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        try:
+            state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            schedule = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the optimizer's state in {checkpoint!r} cannot be read: {error}. Remove that checkpoint to go on from "
+                "the one before."
+            ) from error
+        load_optimizer_state(self.optimizer, self.model.proj, state)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Trainer's; DeepSpeed's own checkpoints, which belong to one number of processes, are not asked for."""
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter folder: no frozen weights, no pickled arguments."""
@@ -228,12 +292,12 @@ class MEMTrainer(ExplainedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Load the projection of a checkpoint."""
-        load_projection(self.model, Path(resume_from_checkpoint))
+        load_projection(self.model, Path(resume_from_checkpoint), put=load_weights)
 
     def _load_best_model(self) -> None:
         """Load the projection of the best checkpoint."""
         if self.state.best_model_checkpoint is not None:
-            load_projection(self.model, Path(self.state.best_model_checkpoint))
+            load_projection(self.model, Path(self.state.best_model_checkpoint), put=load_weights)
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
