@@ -167,7 +167,12 @@ def load_projection(
             "go back to an earlier checkpoint of the run."
         ) from error
     found = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in found.items()}
-    wanted = model.proj.state_dict()
+    # Under DeepSpeed's stage 3 a parameter is empty between its uses, and says its shape elsewhere.
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.proj.named_parameters()}
+    wanted = {
+        key: torch.empty(shapes.get(key, value.shape), dtype=value.dtype, device="meta")
+        for key, value in model.proj.state_dict().items()
+    }
     wrong = [f"missing {key}" for key in wanted.keys() - found.keys()]
     wrong += [f"unexpected {key}" for key in found.keys() - wanted.keys()]
     wrong += [

@@ -166,7 +166,13 @@ class MEMTrainer(ExplainedTrainer):
                 "whole model and the run is DDP. The result is the same; launch with the DDP config to not read this.",
                 args.device,
             )
-        self.add_callback(GradientFlowCallback("proj", mode=gradient_check, prepare=self.check_inputs))
+        if self.is_fsdp_enabled:
+            # It runs before the step, outside the model's forward, in which alone FSDP gathers weights.
+            self.accelerator.state.fsdp_plugin.ignored_modules = [model.ocr_embed]
+            model.ocr_embed.to(args.device)  # pyright: ignore[reportCallIssue]
+        self.gradient_flow = GradientFlowCallback("proj", mode=gradient_check, prepare=self.check_inputs)
+        self._gradient_check = gradient_check
+        self.add_callback(self.gradient_flow)
         self.feature_store = feature_store
         self._feature_dtype = getattr(torch, model.config.memory_settings.feature_dtype)
 
@@ -235,11 +241,22 @@ class MEMTrainer(ExplainedTrainer):
         """Trainer's; DeepSpeed's own checkpoints, which belong to one number of processes, are not asked for."""
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._gradient_check != "off":
+            self._check_before_engine(train_dataloader)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
+
+    def _check_before_engine(self, train_dataloader: Any) -> None:
+        """The gradient check under DeepSpeed, while every process has the whole model."""
+        try:
+            self.model.to(self.args.device)  # pyright: ignore[reportArgumentType] - a device, whatever the decorator says
+            self.gradient_flow.check(self.model, args=self.args, train_dataloader=train_dataloader)
+        except torch.OutOfMemoryError:  # a model that only fits when it is spread; said by the callback
+            self.model.to("cpu")  # pyright: ignore[reportArgumentType]
+            torch.cuda.empty_cache()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter folder: no frozen weights, no pickled arguments."""
