@@ -107,7 +107,10 @@ def test_training_finds_every_page(config, monkeypatch):
     assert result.encoded == result.pages > 100
     assert result.shards > 3
     processor, store = build_processor(config), feature_store(config)
-    dataset, evaluation = build_dataset(config.data.train, config.data, processor), build_eval_dataset(config, processor)
+    dataset, evaluation = (
+        build_dataset(config.data.train, config.data, processor),
+        build_eval_dataset(config, processor),
+    )
     encoder = PoolingEncoder()
     wanted = set()
     for item in (*(dataset[i] for i in range(len(dataset))), *(evaluation[i] for i in range(len(evaluation)))):

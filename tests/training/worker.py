@@ -26,6 +26,16 @@ from ocrmem.training.trainer import MEMTrainer, last_checkpoint
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
 
 
+class Stop(TrainerCallback):
+    """Ends training in good order after a step, with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
 class TinyDataset(Dataset):
     """Samples as `MEMDataset` gives them; those in `lonely` have no memory."""
 
@@ -128,6 +138,7 @@ def main() -> None:
     parser.add_argument("--wrapper", choices=["none", "fsdp2", "zero2", "zero3"], default="none")
     parser.add_argument("--sgd", action="store_true", help="plain steps, from whose weights gradients can be told")
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--stop-after", type=int)
     parser.add_argument("--kill-rank", type=int, help="only this rank is killed")
     options = parser.parse_args()
     overrides = {"gradient_checkpointing": True} if options.checkpointing else {}
@@ -158,6 +169,8 @@ def main() -> None:
         trainer.add_callback(Kill(options.kill_at_step))
     if options.kill_while_saving is not None:
         kill_while_saving(trainer, options.kill_while_saving)
+    if options.stop_after is not None:
+        trainer.add_callback(Stop(options.stop_after))
     checkpoint = last_checkpoint(options.run_dir)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     weights = {f"proj.{name}": value for name, value in trainer.full_weights().items()}

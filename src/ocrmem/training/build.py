@@ -91,9 +91,7 @@ def build_dataset(path: str, data: DataSettings, processor: MEMProcessor) -> MEM
         DataError: the file is missing or a line is broken.
         MemoryNeverAppearsError: no prompt in it is long enough for a memory.
     """
-    return MEMDataset(
-        read_data(path, data), processor, samples=data.samples, max_reply_tokens=data.max_reply_tokens
-    )
+    return MEMDataset(read_data(path, data), processor, samples=data.samples, max_reply_tokens=data.max_reply_tokens)
 
 
 def read_data(path: str, data: DataSettings) -> list[Conversation]:

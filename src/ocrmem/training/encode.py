@@ -31,6 +31,7 @@ from ocrmem.errors import ConfigError, MemoryNeverAppearsError
 from ocrmem.memory.features import round_features
 from ocrmem.memory.shards import FeatureProfile, ShardFolder, refuse_file, used_rows
 from ocrmem.training.build import build_eval_dataset, build_processor, feature_folder, read_data
+from ocrmem.training.hardware import check_bfloat16
 from ocrmem.training.workers import Workers
 from ocrmem.types import Conversation, Page
 
@@ -182,9 +183,14 @@ class BlockEncoder:
         pages_per_shard: int = PAGES_PER_SHARD,
     ) -> None:
         if config.objectives is not None:
-            raise ConfigError("a config with objectives has a bank in place of shards; see encode_objectives.")
+            raise ConfigError(
+                "this config has objectives: their corpora are kept as one bank, which the first `ocrmem train` of them "
+                "draws and encodes, on every GPU that it sees. `ocrmem encode` is for `data`."
+            )
         cache = feature_folder(config)
         refuse_file(cache)
+        if config.encoder.dtype == "bfloat16":
+            check_bfloat16(["encoder.dtype=bfloat16"], torch.device(device))
         self.config = config
         self.processor = build_processor(config)
         self.encoder = self.processor.encoder
@@ -251,8 +257,15 @@ class BlockEncoder:
                         yield key, page
 
     def _launch(self, pages: list[Page]) -> torch.Tensor:
-        with torch.no_grad():
-            return self.encoder(stack_pages(pages, self.encoder).to(self.device))
+        try:
+            with torch.no_grad():
+                return self.encoder(stack_pages(pages, self.encoder).to(self.device))
+        except torch.OutOfMemoryError as error:
+            held = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
+            raise ConfigError(
+                f"too little memory on {self.device} for {self.batch_size} pages at once: the encoder held {held:.2f} "
+                f"GiB and needed more. Give a lower --batch-size than {self.batch_size}; shards that are written stay."
+            ) from error
 
     def _collect(self, features_PVE: torch.Tensor | None) -> list[torch.Tensor]:
         if features_PVE is None:

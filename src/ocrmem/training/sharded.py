@@ -18,9 +18,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ocrmem.errors import CheckpointError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state of a tensor besides its step, by torch's and DeepSpeed's common names."""
-
 
 def full_weights(proj: nn.Module) -> dict[str, torch.Tensor]:
     """The projection's state, whole, on the CPU."""
@@ -59,12 +56,13 @@ def full_optimizer_state(optimizer: Any, proj: nn.Module) -> dict[str, Any]:
         return state
     from deepspeed.utils import safe_get_full_optimizer_state  # pyright: ignore[reportMissingImports]
 
+    keys = _moments(inner)
     groups, state, index = [], {}, 0
     for group in optimizer_groups(optimizer, proj):
         indices = []
         for parameter in group["params"]:
-            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            if all(value is not None for value in moments.values()):
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+            if moments and all(value is not None for value in moments.values()):
                 state[index] = {key: value.detach().cpu() for key, value in moments.items()}
                 state[index]["step"] = torch.tensor(float(_zero_step(inner)))
             indices.append(index)
@@ -92,7 +90,7 @@ def load_optimizer_state(optimizer: Any, proj: nn.Module, state: dict[str, Any])
         from deepspeed.utils import safe_set_full_optimizer_state  # pyright: ignore[reportMissingImports]
 
         for index, values in state["state"].items():
-            for key in MOMENTS:
+            for key in _moments(inner):
                 safe_set_full_optimizer_state(parameters[index], values[key].to(_device(parameters[index])), key)
             _set_zero_step(inner, float(values["step"]))
         for group, saved in zip(inner.param_groups, state["param_groups"], strict=True):
@@ -178,6 +176,18 @@ def _set_master_weights(parameters: Mapping[str, torch.Tensor], weights: Mapping
 
         for name, parameter in held.items():
             safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
+
+
+def _moments(inner: Any) -> list[str]:
+    """Names of what an optimizer keeps of every weight besides its step: Adam's `exp_avg` and `exp_avg_sq`."""
+    return sorted(
+        {
+            key
+            for state in inner.state.values()
+            for key, value in state.items()
+            if torch.is_tensor(value) and value.numel() > 1
+        }
+    )
 
 
 def _zero_step(inner: Any) -> float:

@@ -26,6 +26,7 @@ from ocrmem.memory.features import FeatureStore, encode_pages
 from ocrmem.model.adapter import load_projection
 from ocrmem.model.freeze import check_trainable
 from ocrmem.model.mem_model import MEMModel
+from ocrmem.training.hardware import check_memory, out_of_memory_message
 from ocrmem.training.sharded import (
     asked_for_fsdp,
     full_optimizer_state,
@@ -150,6 +151,7 @@ class MEMTrainer(ExplainedTrainer):
                 "show the process one GPU with CUDA_VISIBLE_DEVICES=0."
             )
         check_trainable(model, proj=model.proj)
+        check_memory(model, args.device, shares=args.world_size if asked_for_fsdp() else 1)
         args = copy.copy(args)
         args.remove_unused_columns = False
         super().__init__(
@@ -175,6 +177,13 @@ class MEMTrainer(ExplainedTrainer):
         self.add_callback(self.gradient_flow)
         self.feature_store = feature_store
         self._feature_dtype = getattr(torch, model.config.memory_settings.feature_dtype)
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """Trainer's; running out of memory says how much was needed and what lowers it."""
+        try:
+            return super().training_step(*arguments, **keywords)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(out_of_memory_message(error, self.args.device)) from error
 
     def check_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the gradient check runs the model on, of a batch."""
@@ -243,6 +252,13 @@ class MEMTrainer(ExplainedTrainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._gradient_check != "off":
             self._check_before_engine(train_dataloader)
+        # The encoder runs before the step, and on some processes not at all (cached pages, no memory): weights of it
+        # that were spread over the processes would be waited for.
+        # It stays a plain attribute of the model, which is no part of the engine.
+        encoder = self.model.ocr_embed
+        encoder.to(self.args.device)  # pyright: ignore[reportCallIssue]
+        self.model._modules.pop("ocr_embed", None)
+        vars(self.model)["ocr_embed"] = encoder
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)
