@@ -24,7 +24,30 @@ from ocrmem.training.encode import BlockEncoder, encode
 from ocrmem.training.encode_ray import encode_on_ray
 
 TESTS = Path(__file__).resolve().parents[1]
-WORDS = "the cat sat on a mat and told the dog of seven ships that had come home in the grey of morning".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "told",
+    "the",
+    "dog",
+    "of",
+    "seven",
+    "ships",
+    "that",
+    "had",
+    "come",
+    "home",
+    "in",
+    "the",
+    "grey",
+    "of",
+    "morning",
+]
 
 
 def conversation(number):

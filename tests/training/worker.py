@@ -22,7 +22,6 @@ from ocrmem.data.collator import MEMCollator
 from ocrmem.memory.features import FeatureStore
 from ocrmem.training.trainer import MEMTrainer, last_checkpoint
 
-
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback, set_seed
 
-from ocrmem.assets.cache import cache_dir
 from ocrmem.config.objectives import Stage, share_of
 from ocrmem.config.train import TrainConfig
 from ocrmem.data.bank import Bank, BankDocument, build_bank

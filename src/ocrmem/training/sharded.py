@@ -57,6 +57,8 @@ def full_optimizer_state(optimizer: Any, proj: nn.Module) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_optimizer_state  # pyright: ignore[reportMissingImports]
 
     keys = _moments(inner)
+    if keys:
+        _link_zero_state(_zero(optimizer))
     groups, state, index = [], {}, 0
     for group in optimizer_groups(optimizer, proj):
         indices = []
@@ -64,7 +66,7 @@ def full_optimizer_state(optimizer: Any, proj: nn.Module) -> dict[str, Any]:
             moments = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
             if moments and all(value is not None for value in moments.values()):
                 state[index] = {key: value.detach().cpu() for key, value in moments.items()}
-                state[index]["step"] = torch.tensor(float(_zero_step(inner)))
+                state[index]["step"] = torch.tensor(_zero_step(inner))
             indices.append(index)
             index += 1
         groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": indices})
@@ -89,10 +91,11 @@ def load_optimizer_state(optimizer: Any, proj: nn.Module, state: dict[str, Any])
     if is_zero(optimizer):
         from deepspeed.utils import safe_set_full_optimizer_state  # pyright: ignore[reportMissingImports]
 
+        _make_zero_state(_zero(optimizer), inner, state["state"])
         for index, values in state["state"].items():
-            for key in _moments(inner):
+            for key in values.keys() - {"step"}:
                 safe_set_full_optimizer_state(parameters[index], values[key].to(_device(parameters[index])), key)
-            _set_zero_step(inner, float(values["step"]))
+            _set_zero_step(inner, float(values.get("step", 0)))
         for group, saved in zip(inner.param_groups, state["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
         return
@@ -117,9 +120,7 @@ def optimizer_groups(optimizer: Any, proj: nn.Module) -> list[dict[str, Any]]:
     inner = _innermost(optimizer)
     if not is_zero(optimizer):
         return inner.param_groups
-    zero = optimizer
-    while not type(zero).__module__.startswith("deepspeed.runtime.zero"):
-        zero = zero.optimizer
+    zero = _zero(optimizer)
     own = getattr(zero, "bit16_groups", None) or getattr(zero, "fp16_groups", None) or []
     flat = [parameter for group in own for parameter in group]
     # Stage 3 cuts a group into sub-groups of its own; the projection's order is then the order.
@@ -176,6 +177,36 @@ def _set_master_weights(parameters: Mapping[str, torch.Tensor], weights: Mapping
 
         for name, parameter in held.items():
             safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
+
+
+def _zero(optimizer: Any) -> Any:
+    """DeepSpeed's own optimizer inside accelerate's wrapper."""
+    while not type(optimizer).__module__.startswith("deepspeed.runtime.zero"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _link_zero_state(zero: Any) -> None:
+    """Stages 1 and 2 tell each parameter which slice of the flat state is its own, once there is a state."""
+    if not hasattr(zero, "single_partition_of_fp32_groups"):  # stage 3 looks the state up itself
+        return
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state  # pyright: ignore[reportMissingImports]
+
+    for parameters, partition in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        lazy_init_hp_params_optimizer_state(parameters, partition, zero.optimizer.state)
+
+
+def _make_zero_state(zero: Any, inner: Any, state: Mapping[int, Mapping[str, Any]]) -> None:
+    """An optimizer that has not stepped yet has no state; make it, as its first step would."""
+    flat = getattr(zero, "single_partition_of_fp32_groups", None) or getattr(zero, "fp32_partitioned_groups_flat", [])
+    first = next(iter(state.values()), {})
+    for partition in flat:
+        for key, value in first.items():
+            if key not in inner.state[partition]:
+                empty = torch.zeros_like(value) if key == "step" else torch.zeros_like(partition)
+                inner.state[partition][key] = empty.detach()
+    if first:
+        _link_zero_state(zero)
 
 
 def _moments(inner: Any) -> list[str]:
