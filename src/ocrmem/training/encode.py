@@ -184,7 +184,7 @@ class BlockEncoder:
     ) -> None:
         if config.objectives is not None:
             raise ConfigError(
-                "this config has objectives: their corpora are kept as one bank, which the first `ocrmem train` of them "
+                "this config has objectives: their corpora are kept as one bank, which the first `ocrmem train` of it "
                 "draws and encodes, on every GPU that it sees. `ocrmem encode` is for `data`."
             )
         cache = feature_folder(config)

@@ -82,9 +82,9 @@ def encode_on_ray(
 
 def _import_ray() -> Any:
     try:
-        import ray
-        import ray.data
-        import ray.exceptions
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
+        import ray.exceptions  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(f"--ray needs Ray ({error}); install it with `pip install ocrmem[ray]`.") from None
     return ray

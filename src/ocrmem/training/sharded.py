@@ -84,7 +84,7 @@ def load_optimizer_state(optimizer: Any, proj: nn.Module, state: dict[str, Any])
     sizes, given = [len(group["params"]) for group in groups], [len(group["params"]) for group in state["param_groups"]]
     if sizes != given:
         raise CheckpointError(
-            f"the checkpoint's optimizer has groups of {given} tensors, this run's {sizes}: it was written with another "
+            f"the checkpoint's optimizer has groups of {given} tensors, this run's {sizes}: it comes from another "
             "optimizer or projection. Set training.optim and optimizer back, or give another output_dir."
         )
     parameters = [parameter for group in groups for parameter in group["params"]]

@@ -170,7 +170,8 @@ class MEMTrainer(ExplainedTrainer):
             )
         if self.is_fsdp_enabled:
             # It runs before the step, outside the model's forward, in which alone FSDP gathers weights.
-            self.accelerator.state.fsdp_plugin.ignored_modules = [model.ocr_embed]
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin.ignored_modules = [model.ocr_embed]
             model.ocr_embed.to(args.device)  # pyright: ignore[reportCallIssue]
         self.gradient_flow = GradientFlowCallback("proj", mode=gradient_check, prepare=self.check_inputs)
         self._gradient_check = gradient_check
@@ -225,9 +226,10 @@ class MEMTrainer(ExplainedTrainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = full_optimizer_state(self.optimizer, self.model.proj)
+        schedule: Any = self.lr_scheduler
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Whatever number of processes wrote it."""
@@ -237,14 +239,15 @@ class MEMTrainer(ExplainedTrainer):
         folder = Path(checkpoint)
         try:
             state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-            schedule = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+            saved = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"the optimizer's state in {checkpoint!r} cannot be read: {error}. Remove that checkpoint to go on from "
+                f"the optimizer's state in {checkpoint!r} cannot be read: {error}. Remove it to go on from "
                 "the one before."
             ) from error
         load_optimizer_state(self.optimizer, self.model.proj, state)
-        self.lr_scheduler.load_state_dict(schedule)
+        schedule: Any = self.lr_scheduler
+        schedule.load_state_dict(saved)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Trainer's; DeepSpeed's own checkpoints, which belong to one number of processes, are not asked for."""

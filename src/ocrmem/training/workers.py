@@ -12,7 +12,8 @@ import time
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage] - documented
+from torch.distributed.rendezvous import rendezvous
 
 from ocrmem.errors import TrainingError
 
@@ -30,12 +31,12 @@ class Workers:
     def __init__(self, environment: dict[str, str] | None = None) -> None:
         values = os.environ if environment is None else environment
         self.rank, self.size = int(values.get("RANK", 0)), int(values.get("WORLD_SIZE", 1))
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         self._claimed = 0
         self._counts = [0, 0]
         if self.size > 1:
-            store, self.rank, self.size = next(dist.rendezvous("env://", self.rank, self.size))
-            self._store = dist.PrefixStore("ocrmem", store)
+            store, self.rank, self.size = next(rendezvous("env://", self.rank, self.size))
+            self._store = PrefixStore("ocrmem", store)
 
     def claim(self) -> int:
         """The next job, from 0; every number is given to one process."""
