@@ -22,6 +22,18 @@ from ocrmem.data.collator import MEMCollator
 from ocrmem.memory.features import FeatureStore
 from ocrmem.training.trainer import MEMTrainer, last_checkpoint, leave_process_group
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
+
+
+class Stop(TrainerCallback):
+    """Ends training in good order after a step, with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
 
 class TinyDataset(Dataset):
     """Samples as `MEMDataset` gives them; those in `lonely` have no memory."""
@@ -56,6 +68,22 @@ class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def shard_on_the_cpu() -> None:
+    """Let accelerate shard with FSDP2 on the CPU too, as it does on GPUs; by itself it makes a DDP run of it."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    make = AcceleratorState.__init__
+
+    def with_fsdp(self, *arguments, fsdp_plugin=None, **keywords):
+        fresh = "fsdp_plugin" not in AcceleratorState._shared_state
+        make(self, *arguments, fsdp_plugin=fsdp_plugin, **keywords)
+        if fresh and fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = with_fsdp
 
 
 def kill_while_saving(trainer: MEMTrainer, step: int) -> None:
@@ -106,9 +134,28 @@ def main() -> None:
     parser.add_argument("--kill-while-saving", type=int)
     parser.add_argument("--lonely-rank", type=int)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--wrapper", choices=["none", "fsdp2", "zero2", "zero3"], default="none")
+    parser.add_argument("--sgd", action="store_true", help="plain steps, from whose weights gradients can be told")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--stop-after", type=int)
+    parser.add_argument("--kill-rank", type=int, help="only this rank is killed")
     options = parser.parse_args()
     overrides = {"gradient_checkpointing": True} if options.checkpointing else {}
     lonely = frozenset()
+    if "RANK" in os.environ:
+        overrides["ddp_backend"] = "gloo"
+    if options.batch_size is not None:
+        overrides |= {
+            "per_device_train_batch_size": options.batch_size,
+            "train_sampling_strategy": "sequential",
+        }
+    if options.sgd:
+        overrides |= {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+        overrides["logging_steps"], lonely = 1, frozenset({3})
+    if options.wrapper == "fsdp2":
+        shard_on_the_cpu()
+    elif options.wrapper != "none":
+        overrides["deepspeed"] = str(CONFIGS / f"deepspeed_{options.wrapper}.json")
     if options.lonely_rank is not None:
         overrides |= {
             "ddp_backend": "gloo",
@@ -117,14 +164,17 @@ def main() -> None:
         }
         lonely = frozenset(range(options.lonely_rank, 24, 2))
     trainer = build_trainer(options.run_dir, steps=options.steps, lonely=lonely, **overrides)
-    if options.kill_at_step is not None:
+    if options.kill_at_step is not None and options.kill_rank in (None, trainer.args.process_index):
         trainer.add_callback(Kill(options.kill_at_step))
     if options.kill_while_saving is not None:
         kill_while_saving(trainer, options.kill_while_saving)
+    if options.stop_after is not None:
+        trainer.add_callback(Stop(options.stop_after))
     checkpoint = last_checkpoint(options.run_dir)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    weights = {f"proj.{name}": value for name, value in trainer.full_weights().items()}
     if trainer.args.should_save:
-        trainer.model.save_pretrained(options.run_dir / "adapter")
+        trainer.model.save_pretrained(options.run_dir / "adapter", state_dict=weights)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         print("losses", *(f"{loss:.6f}" for loss in losses))
     del trainer

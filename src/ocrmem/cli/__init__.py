@@ -14,7 +14,7 @@ import sys
 import typer
 
 from ocrmem import __version__
-from ocrmem.cli import chat, doctor, eval, fetch, params, render, store, train, tune_page
+from ocrmem.cli import chat, doctor, encode, eval, fetch, params, render, store, train, tune_page
 from ocrmem.errors import OcrmemError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command("params")(params.command)
 app.command("fetch")(fetch.command)
 app.command("render")(render.command)
+app.command("encode")(encode.command)
 app.command("train")(train.command)
 app.command("eval")(eval.command)
 app.command("chat")(chat.command)

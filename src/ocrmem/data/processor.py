@@ -145,14 +145,7 @@ class MEMProcessor:
             SpliceError: the template lost or repeated placeholders.
             DataError: the template refuses the messages.
         """
-        split = split_prompt(counts, end, settings=self.memory)
-        pages: list[Page] = []
-        text = ""
-        if split.history:
-            text = history_text(split.history)
-            pages = self._history_pages.pages(text)
-            split = split.with_memory(sum(map(self.encoder.num_tokens, pages)))
-            pages = pages if split.placeholder_tokens else []
+        split, text, pages = self.draw(counts, end)
         prompt_text = self.prompt_text(split)
         input_ids = self.chat_format.ids(prompt_text)
         found = input_ids.count(self.memory_token_id)
@@ -167,10 +160,20 @@ class MEMProcessor:
             text=prompt_text,
             input_ids=input_ids,
             pages=pages,
-            page_keys=[self.page_key(text[page.text_start : page.text_end]) for page in pages],
+            page_keys=self.page_keys(text, pages),
             page_num_tokens=[self.encoder.num_tokens(page) for page in pages],
             split=split,
         )
+
+    def draw(self, counts: TokenCounts, end: int) -> tuple[Split, str, list[Page]]:
+        """The prompt's split, the text of its history and that text's pages; none where all stays text."""
+        split = split_prompt(counts, end, settings=self.memory)
+        if not split.history:
+            return split, "", []
+        text = history_text(split.history)
+        pages = self._history_pages.pages(text)
+        split = split.with_memory(sum(map(self.encoder.num_tokens, pages)))
+        return split, text, pages if split.placeholder_tokens else []
 
     def prompt_text(self, split: Split, *, reply: Message | None = None) -> str:
         """What the chat template writes for a split prompt, ready for a reply, or with the reply in place."""
@@ -195,6 +198,10 @@ class MEMProcessor:
             render_identity=render_identity or self.render_identity,
             dtype=self.feature_dtype,
         )
+
+    def page_keys(self, text: str, pages: Sequence[Page]) -> list[str]:
+        """`page_key` of each page of a text."""
+        return [self.page_key(text[page.text_start : page.text_end]) for page in pages]
 
     def __call__(
         self,

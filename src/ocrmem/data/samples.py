@@ -75,6 +75,17 @@ class _Reply:
     source: str
 
 
+def usable_replies(counts: TokenCounts, processor: MEMProcessor) -> Iterator[int]:
+    """The messages of a conversation that are replies which can be learnt from."""
+    merges_turns = processor.chat_format.merges_turns
+    for index, message in enumerate(counts.messages):
+        if message.role != "assistant" or counts.last_user[index] < 0:
+            continue
+        if merges_turns and counts.messages[index - 1].role == "assistant":
+            continue  # it would become one turn with the reply before it
+        yield index
+
+
 class MEMDataset(Dataset[dict[str, Any]]):
     """One sample for each assistant reply; only that reply is labelled.
 
@@ -123,7 +134,7 @@ class MEMDataset(Dataset[dict[str, Any]]):
         for conversation in conversations:
             counts = processor.count(conversation.messages)
             num_replies += sum(message.role == "assistant" for message in conversation.messages)
-            usable.extend(self._usable_replies(counts, conversation.source))
+            usable.extend(_Reply(counts, index, conversation.source) for index in usable_replies(counts, processor))
         with_memory = [reply for reply in usable if self._may_have_memory(self._split(reply))]
         self._replies = usable if samples == "all" else with_memory
         self.report = SampleReport(
@@ -158,14 +169,10 @@ class MEMDataset(Dataset[dict[str, Any]]):
             memory_tokens=sum(split.memory_tokens for split in splits),
         )
 
-    def _usable_replies(self, counts: TokenCounts, source: str) -> Iterator[_Reply]:
-        merges_turns = self.processor.chat_format.merges_turns
-        for index, message in enumerate(counts.messages):
-            if message.role != "assistant" or counts.last_user[index] < 0:
-                continue
-            if merges_turns and counts.messages[index - 1].role == "assistant":
-                continue  # it would become one turn with the reply before it
-            yield _Reply(counts, index, source)
+    def reply(self, index: int) -> tuple[Conversation, int]:
+        """Conversation and message of the reply of a sample."""
+        reply = self._replies[index]
+        return Conversation(reply.counts.messages, reply.source), reply.index
 
     def _split(self, reply: _Reply) -> Split:
         return split_prompt(reply.counts, reply.index, settings=self.processor.memory)

@@ -17,7 +17,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 from ocrmem.errors import GradientFlowError, ProbeError
 from ocrmem.gradflow.explain import Explanation, explain, find_error_cause
-from ocrmem.gradflow.measure import grad_state
+from ocrmem.gradflow.measure import grad_state, held_by_zero, is_deepspeed
 from ocrmem.gradflow.probe import LossFunction, report_of_error, verify_gradient_flow
 from ocrmem.gradflow.ranks import Ranks
 from ocrmem.gradflow.report import GradientReport
@@ -92,6 +92,21 @@ class GradientFlowCallback(TrainerCallback):
             return
         self._unhook()
         self._bad_steps = 0
+        self._tensors = []
+        if is_deepspeed(optimizer):
+            self._check_deepspeed(model)
+            return
+        if not self.check(model, args=args, optimizer=optimizer, train_dataloader=train_dataloader):
+            return
+        self._tensors = list(resolve_target(unwrap(model), self._trainable).tensors.values())
+        self._handle = model.register_forward_hook(self._after_forward, with_kwargs=True)
+
+    def check(self, model: nn.Module, *, args: Any, train_dataloader: Any, optimizer: Any = None) -> bool:
+        """Check batches of the training data until one has a memory; False where there is none at all.
+
+        Under DeepSpeed, call it before the model becomes an engine: an engine's gradients come by its own backward
+        alone, which moves its state on and cannot be undone.
+        """
         batches = _sample_batches(train_dataloader, args=args, num_batches=self._num_batches)
         dropped = _dropped_columns(train_dataloader)
         ranks = Ranks(model)
@@ -110,14 +125,29 @@ class GradientFlowCallback(TrainerCallback):
         ranks.close()
         if self.explanation is None or self.report is None:
             log.warning("the gradient was not checked: the training data gave no batch.")
-            return
+            return False
         for warning in self.explanation.warnings:
             log.warning("gradient check: %s", warning.sentence)
         problem = _worst(said, rank=ranks.rank)
         if problem is not None:
             self._complain(problem, self.report.exception)
-        self._tensors = list(resolve_target(unwrap(model), self._trainable).tensors.values())
-        self._handle = model.register_forward_hook(self._after_forward, with_kwargs=True)
+        return True
+
+    def _check_deepspeed(self, model: nn.Module) -> None:
+        """What can be told of an engine: that its optimizer has the trainable tensors."""
+        tensors = resolve_target(unwrap(model), self._trainable).tensors
+        missing = [name for name, tensor in tensors.items() if not held_by_zero(tensor)]
+        if missing:
+            self._complain(
+                f"silent (optimizer-incomplete): DeepSpeed's optimizer does not hold {', '.join(missing[:3])}: the "
+                "engine was built before they were unfrozen, or from another list. Build it last.",
+                None,
+            )
+        if self.explanation is None:
+            log.warning(
+                "the gradient was not checked: under DeepSpeed it can be only before the engine is built. Run `ocrmem "
+                "doctor CONFIG` once in one process without DeepSpeed."
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the gradients at the first step, every `every` steps, and after a bad one."""

@@ -108,6 +108,21 @@ def plain_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
+def is_deepspeed(optimizer: Any) -> bool:
+    """Whether an optimizer is one of DeepSpeed's, inside accelerate's wrapper or not."""
+    while optimizer is not None:
+        if type(optimizer).__module__.startswith("deepspeed."):
+            return True
+        optimizer = vars(optimizer).get("optimizer")
+    return False
+
+
+def held_by_zero(tensor: torch.Tensor) -> bool:
+    """Whether one of DeepSpeed's ZeRO optimizers steps a parameter: stages 1 and 2 map it to the flat float32
+    weights (to None on the processes that hold no share of it), stage 3 names the optimizer itself."""
+    return hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer")
+
+
 def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
     # During warm-up the rate of the first step is 0; the schedule's own rate is kept beside it.
     return max(float(max(group["lr"], group.get("initial_lr", 0.0))) for group in optimizer.param_groups)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from ocrmem.encoders.base import OCREncoder
 from ocrmem.errors import CheckpointError, ConfigError
 from ocrmem.files import write_files
+from ocrmem.memory.shards import ShardReader, crc32, refuse_file, used_rows
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ def page_key(page_text: str, *, encoder_identity: str, render_identity: str, dty
 
 
 class FeatureStore:
-    """A folder of features, one safetensors file for each page key, in 256 subfolders.
+    """A folder of features: one safetensors file for each page that was encoded when it was met, in 256 subfolders,
+    and the shards of pages that `ocrmem encode` wrote ahead (`memory.shards`). A page is looked up in both.
 
     Any number of processes may read and write it at once: a file appears whole or not at all, and two writers
     of one key write the same content. A file that is damaged is removed and its page encoded again. Where the
@@ -53,9 +54,9 @@ class FeatureStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError(f"feature cache {str(folder)!r} is a file; give the path of a folder, new or existing.")
+        refuse_file(self.folder)
         self._writable = True
+        self._shards = ShardReader(self.folder)
 
     def path(self, key: str) -> Path:
         """Where the features of a key are kept."""
@@ -63,6 +64,20 @@ class FeatureStore:
 
     def get(self, key: str, *, tokens_per_page: int, feature_width: int, dtype: torch.dtype) -> torch.Tensor | None:
         """features_VE of one page, on the CPU; None where they are not kept, or were damaged."""
+        features_VE = self._shards.find(key)
+        if features_VE is None:
+            features_VE = self._single(key)
+        if features_VE is None:
+            return None
+        rows, width = features_VE.shape if features_VE.ndim == 2 else (-1, -1)
+        if features_VE.dtype != dtype or width != feature_width or not 0 <= rows <= tokens_per_page:
+            return self._discard(self.path(key), f"it holds {features_VE.dtype} of shape {tuple(features_VE.shape)}")
+        full_VE = features_VE.new_zeros(tokens_per_page, feature_width)
+        full_VE[:rows] = features_VE
+        return full_VE
+
+    def _single(self, key: str) -> torch.Tensor | None:
+        """The rows in use of a page that has a file of its own."""
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as file:
@@ -72,24 +87,16 @@ class FeatureStore:
             return None
         except (OSError, SafetensorError) as error:
             return self._discard(path, str(error))
-        rows, width = features_VE.shape if features_VE.ndim == 2 else (-1, -1)
-        if features_VE.dtype != dtype or width != feature_width or not 0 <= rows <= tokens_per_page:
-            return self._discard(path, f"it holds {features_VE.dtype} of shape {tuple(features_VE.shape)}")
-        if metadata.get("crc32") != str(_crc32(features_VE)):
+        if metadata.get("crc32") != str(crc32(features_VE)):
             return self._discard(path, "its checksum is wrong")
-        full_VE = features_VE.new_zeros(tokens_per_page, feature_width)
-        full_VE[:rows] = features_VE
-        return full_VE
+        return features_VE
 
     def put(self, key: str, features_VE: torch.Tensor) -> None:
         """Keep the features of one page. A folder that cannot be written is a warning, given once."""
         if not self._writable:
             return
-        used = features_VE.any(dim=1).nonzero()
-        # Encoders give zeros for lines without ink, and most pages of a data set are a last page, half empty.
-        rows = int(used[-1]) + 1 if len(used) else 0
-        features_VE = features_VE[:rows].cpu().contiguous()
-        data = save({"features": features_VE}, metadata={"crc32": str(_crc32(features_VE))})
+        features_VE = used_rows(features_VE)
+        data = save({"features": features_VE}, metadata={"crc32": str(crc32(features_VE))})
         try:
             write_files(self.path(key).parent, {self.path(key).name: lambda temporary: temporary.write_bytes(data)})
         except OSError as error:
@@ -104,10 +111,6 @@ class FeatureStore:
     def _discard(self, path: Path, reason: str) -> None:
         log.warning("cached features %s are damaged (%s); they are removed and computed again", path, reason)
         path.unlink(missing_ok=True)
-
-
-def _crc32(features_VE: torch.Tensor) -> int:
-    return zlib.crc32(features_VE.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def encode_pages(
@@ -161,7 +164,7 @@ def encode_pages(
         pages = pages_PHW[[index for _, index in part]].to(device)
         # Not inference_mode: no tensor of its kind may get out, since no backward can save one.
         with torch.no_grad():
-            fresh_PVE = _round(encoder(pages), dtype, encoder.name)
+            fresh_PVE = round_features(encoder(pages), dtype, encoder.name)
         for (key, _), fresh_VE in zip(part, fresh_PVE, strict=True):
             found[key] = fresh_VE
             if store is not None:
@@ -171,7 +174,13 @@ def encode_pages(
     return torch.stack([found[key] for key in keys])
 
 
-def _round(features_PVE: torch.Tensor, dtype: torch.dtype, encoder_name: str) -> torch.Tensor:
+def round_features(features_PVE: torch.Tensor, dtype: torch.dtype, encoder_name: str) -> torch.Tensor:
+    """Features in the type in which they are kept.
+
+    Raises:
+        ConfigError: one is too large for it.
+        CheckpointError: one is no finite number.
+    """
     if not bool(torch.isfinite(features_PVE).all()):
         raise CheckpointError(
             f"encoder {encoder_name!r} gave features that are not finite numbers: its weights are damaged, "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -142,9 +144,14 @@ def load(
     return model.eval()
 
 
-def load_projection(model: MEMModel, folder: Path) -> None:
+def load_projection(
+    model: MEMModel, folder: Path, *, put: Callable[[nn.Module, dict[str, torch.Tensor]], None] | None = None
+) -> None:
     """Load `adapter.safetensors` into `model.proj`, strictly: same names, shapes and types, but that matrices may be
     stored in bfloat16.
+
+    Args:
+        put: puts checked weights into the projection, where several processes share it; None: `load_state_dict`.
 
     Raises:
         CheckpointError: the file is missing or truncated, or a tensor is missing, unexpected, reshaped or recast.
@@ -160,7 +167,12 @@ def load_projection(model: MEMModel, folder: Path) -> None:
             "go back to an earlier checkpoint of the run."
         ) from error
     found = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in found.items()}
-    wanted = model.proj.state_dict()
+    # Under DeepSpeed's stage 3 a parameter is empty between its uses, and says its shape elsewhere.
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.proj.named_parameters()}
+    wanted = {
+        key: torch.empty(shapes.get(key, value.shape), dtype=value.dtype, device="meta")
+        for key, value in model.proj.state_dict().items()
+    }
     wrong = [f"missing {key}" for key in wanted.keys() - found.keys()]
     wrong += [f"unexpected {key}" for key in found.keys() - wanted.keys()]
     wrong += [
@@ -173,7 +185,10 @@ def load_projection(model: MEMModel, folder: Path) -> None:
             f"{str(path)!r} does not fit this projection: {'; '.join(sorted(wrong))}. The file and `{CONFIG_NAME}` "
             "beside it must come from the same run; build the model with the adapter's own config."
         )
-    model.proj.load_state_dict(found)
+    if put is None:
+        model.proj.load_state_dict(found)
+    else:
+        put(model.proj, found)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -68,6 +68,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def vocabulary_size(name: str) -> int:
+    """Rows of the embedding of the LLM of that name, without loading it.
+
+    Raises:
+        CheckpointError: the folder has no config of a language model.
+    """
+    folder = resolve(name)
+    try:
+        return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the config of LLM {name!r} could not be read from {str(folder)!r}: {error}.") from error
+
+
 def empty_llm(preset: str) -> PreTrainedModel:
     """An LLM of a preset's architecture on the meta device: all shapes, no memory."""
     values = llm_config(preset)

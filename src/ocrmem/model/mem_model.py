@@ -106,7 +106,8 @@ class MEMModel(PreTrainedModel):
             embedding_rms=embedding_rms(base_llm_model),
         ).to(weight.device)
         check_trainable(self, proj=self.proj)
-        self._no_split_modules = base_llm_model._no_split_modules
+        # What FSDP shards as one: the projection too, whose float32 it cannot mix with the frozen parts.
+        self._no_split_modules = [*(base_llm_model._no_split_modules or ()), "Projection"]
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base_llm_model.forward).parameters
         self.cross_entropy = cross_entropy_sum
         self._feature_dtype = getattr(torch, config.memory_settings.feature_dtype)

@@ -28,9 +28,10 @@ from ocrmem.memory.features import FeatureStore
 from ocrmem.memory.placeholder import choose_memory_token
 from ocrmem.model.adapter import load_projection
 from ocrmem.model.identity import embedding_weight
-from ocrmem.model.llm import load_llm, load_tokenizer
+from ocrmem.model.llm import load_llm, load_tokenizer, vocabulary_size
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.training.rivals import RivalEncoder, rival_projection
+from ocrmem.types import Conversation
 
 log = logging.getLogger(__name__)
 
@@ -90,16 +91,16 @@ def build_dataset(path: str, data: DataSettings, processor: MEMProcessor) -> MEM
         DataError: the file is missing or a line is broken.
         MemoryNeverAppearsError: no prompt in it is long enough for a memory.
     """
+    return MEMDataset(read_data(path, data), processor, samples=data.samples, max_reply_tokens=data.max_reply_tokens)
+
+
+def read_data(path: str, data: DataSettings) -> list[Conversation]:
+    """The conversations of a JSONL file that the settings ask for, with a warning where lines are skipped."""
     file = read_conversations(find_data(path), skip_bad_lines=data.skip_bad_lines)
     if file.bad_lines:
         shown = "; ".join(f"line {number}: {reason}" for number, reason in file.bad_lines[:3])
         log.warning("%s: %d broken lines skipped (%s)", path, len(file.bad_lines), shown)
-    return MEMDataset(
-        file.conversations[: data.max_conversations],
-        processor,
-        samples=data.samples,
-        max_reply_tokens=data.max_reply_tokens,
-    )
+    return file.conversations[: data.max_conversations]
 
 
 def build_eval_dataset(config: TrainConfig, processor: MEMProcessor) -> Dataset | None:
@@ -123,7 +124,22 @@ def find_data(path: str) -> Path:
 
 def feature_store(config: TrainConfig) -> FeatureStore:
     """The feature cache that the config names, or the one in the ocrmem cache."""
-    return FeatureStore(Path(config.feature_cache) if config.feature_cache else cache_dir() / "features")
+    return FeatureStore(feature_folder(config))
+
+
+def feature_folder(config: TrainConfig) -> Path:
+    """Where the feature cache of a config is."""
+    return Path(config.feature_cache) if config.feature_cache else cache_dir() / "features"
+
+
+def build_processor(config: TrainConfig) -> MEMProcessor:
+    """The processor of a config, with its encoder, and without the LLM's weights: pages do not depend on them."""
+    encoder = build_encoder(config.encoder, page=page_settings(config))
+    tokenizer = load_tokenizer(config.llm.name)
+    memory_token = choose_memory_token(
+        tokenizer, memory_token=config.memory_token, vocab_size=vocabulary_size(config.llm.name)
+    )
+    return MEMProcessor(tokenizer, encoder=encoder, memory=config.memory, memory_token=memory_token)
 
 
 def training_arguments(config: TrainConfig, **defaults: Any) -> TrainingArguments:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback, set_seed
 
-from ocrmem.assets.cache import cache_dir
 from ocrmem.config.objectives import Stage, share_of
 from ocrmem.config.train import TrainConfig
 from ocrmem.data.bank import Bank, BankDocument, build_bank
@@ -21,7 +19,7 @@ from ocrmem.encoders.base import OCREncoder
 from ocrmem.encoders.pp_ocr import PPOCREncoder
 from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import ConfigError, DataError
-from ocrmem.training.build import build_model, find_data, training_arguments
+from ocrmem.training.build import build_model, feature_folder, find_data, training_arguments
 from ocrmem.training.corpus import lexicon_documents, read_corpora
 from ocrmem.training.objectives import FeatureSource, ObjectiveTrainer
 from ocrmem.training.packing import PackedRows, fill
@@ -157,7 +155,7 @@ def corpus_bank(
     if paths == settings.corpora and settings.lexicon:
         documents += lexicon_documents(documents, tokenizer, settings.lexicon)
     log.info("%d documents, %d characters", len(documents), sum(len(document.text) for document in documents))
-    folder = Path(config.feature_cache) if config.feature_cache else cache_dir() / "features"
+    folder = feature_folder(config)
     return build_bank(
         documents,
         encoder=finest(config, encoder),

@@ -17,19 +17,25 @@ from ocrmem import __version__
 from ocrmem.config.train import TrainConfig
 from ocrmem.data.collator import MEMCollator
 from ocrmem.data.documents import document_hash
+from ocrmem.data.processor import MEMProcessor
 from ocrmem.data.samples import MEMDataset
 from ocrmem.errors import ConfigError
 from ocrmem.files import write_text
+from ocrmem.memory.features import FeatureStore
 from ocrmem.memory.history import history_text
+from ocrmem.memory.shards import ShardFolder
 from ocrmem.model.adapter import default_card, read_manifest
 from ocrmem.training.build import (
     build_dataset,
     build_eval_dataset,
     build_model,
+    feature_folder,
     feature_store,
     training_arguments,
 )
 from ocrmem.training.build_objectives import build_objective_trainer
+from ocrmem.training.encode import profile_of, warn_of_others
+from ocrmem.training.hardware import bfloat16_settings, check_bfloat16
 from ocrmem.training.packing import PackedRows
 from ocrmem.training.trainer import MEMTrainer, last_checkpoint
 
@@ -88,9 +94,11 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     adapter = run_dir / ADAPTER_FOLDER
     history = trainer.state.log_history
+    weights = {f"proj.{name}": value for name, value in trainer.full_weights().items()}  # by all processes together
     if trainer.args.should_save:
         manifest = training_manifest(train_dataset, config, steps=trainer.state.global_step)
-        model.save_pretrained(adapter, model_card=training_card(model.config, config, history), manifest=manifest)
+        card = training_card(model.config, config, history)
+        model.save_pretrained(adapter, state_dict=weights, model_card=card, manifest=manifest)
     return TrainResult(
         adapter=adapter,
         steps=trainer.state.global_step,
@@ -103,6 +111,7 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
 def build_trainer(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> tuple[MEMTrainer, MEMDataset]:
     """Everything that a run needs, ready to train; seeded, so that a fresh projection is reproducible."""
     arguments = training_arguments(config)
+    check_bfloat16(bfloat16_settings(config), arguments.device)
     set_seed(arguments.seed)
     model, processor = build_model(config)
     train_dataset = build_dataset(config.data.train, config.data, processor)
@@ -113,11 +122,19 @@ def build_trainer(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] =
         train_dataset=train_dataset,
         eval_dataset=build_eval_dataset(config, processor),
         data_collator=MEMCollator(processor.pad_token_id),
-        feature_store=feature_store(config),
+        feature_store=store_of(config, processor),
         gradient_check=config.gradient_check,
         callbacks=list(callbacks),
     )
     return trainer, train_dataset
+
+
+def store_of(config: TrainConfig, processor: MEMProcessor) -> FeatureStore:
+    """The run's feature cache, with a warning where it holds only what another encoder or page setting made."""
+    shards = ShardFolder(feature_folder(config), profile_of(config, processor))
+    if not shards.count():
+        warn_of_others(shards)
+    return feature_store(config)
 
 
 def first_batch(config: TrainConfig) -> tuple[MEMTrainer, dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ocrmem.errors import CheckpointError, ConfigError, TrainingError
@@ -27,6 +27,14 @@ from ocrmem.memory.features import FeatureStore, encode_pages
 from ocrmem.model.adapter import load_projection
 from ocrmem.model.freeze import check_trainable
 from ocrmem.model.mem_model import MEMModel
+from ocrmem.training.hardware import check_memory, out_of_memory_message
+from ocrmem.training.sharded import (
+    asked_for_fsdp,
+    full_optimizer_state,
+    full_weights,
+    load_optimizer_state,
+    load_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +152,7 @@ class MEMTrainer(ExplainedTrainer):
                 "show the process one GPU with CUDA_VISIBLE_DEVICES=0."
             )
         check_trainable(model, proj=model.proj)
+        check_memory(model, args.device, shares=args.world_size if asked_for_fsdp() else 1)
         args = copy.copy(args)
         args.remove_unused_columns = False
         super().__init__(
@@ -154,9 +163,29 @@ class MEMTrainer(ExplainedTrainer):
             data_collator=data_collator,
             callbacks=[StopOnNonFinite(), *(callbacks or [])],
         )
-        self.add_callback(GradientFlowCallback("proj", mode=gradient_check, prepare=self.check_inputs))
+        if asked_for_fsdp() and not self.is_fsdp_enabled:
+            log.warning(
+                "the launcher asks for FSDP, but accelerate shards on accelerators only; on %s every process holds the "
+                "whole model and the run is DDP. The result is the same; launch with the DDP config to not read this.",
+                args.device,
+            )
+        if self.is_fsdp_enabled:
+            # It runs before the step, outside the model's forward, in which alone FSDP gathers weights.
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin.ignored_modules = [model.ocr_embed]
+            model.ocr_embed.to(args.device)  # pyright: ignore[reportCallIssue]
+        self.gradient_flow = GradientFlowCallback("proj", mode=gradient_check, prepare=self.check_inputs)
+        self._gradient_check = gradient_check
+        self.add_callback(self.gradient_flow)
         self.feature_store = feature_store
         self._feature_dtype = getattr(torch, model.config.memory_settings.feature_dtype)
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """Trainer's; running out of memory says how much was needed and what lowers it."""
+        try:
+            return super().training_step(*arguments, **keywords)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(out_of_memory_message(error, self.args.device)) from error
 
     def check_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the gradient check runs the model on, of a batch."""
@@ -177,6 +206,77 @@ class MEMTrainer(ExplainedTrainer):
                 device=self.args.device,
             )
         return inputs
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter folder, its weights gathered from all processes; every process calls this."""
+        weights = self.full_weights()
+        if self.args.should_save:
+            self._save(output_dir, state_dict={f"proj.{name}": value for name, value in weights.items()})
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """The projection's state, whole, on the CPU, however the processes share it; every process calls this."""
+        return full_weights(self.model.proj)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The optimizer's state whole, so that any number of processes can go on from it."""
+        if not self._is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = full_optimizer_state(self.optimizer, self.model.proj)
+        schedule: Any = self.lr_scheduler
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Whatever number of processes wrote it."""
+        if not self._is_sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        try:
+            state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            saved = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the optimizer's state in {checkpoint!r} cannot be read: {error}. Remove it to go on from "
+                "the one before."
+            ) from error
+        load_optimizer_state(self.optimizer, self.model.proj, state)
+        schedule: Any = self.lr_scheduler
+        schedule.load_state_dict(saved)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Trainer's; DeepSpeed's own checkpoints, which belong to one number of processes, are not asked for."""
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._gradient_check != "off":
+            self._check_before_engine(train_dataloader)
+        # The encoder runs before the step, and on some processes not at all (cached pages, no memory): weights of it
+        # that were spread over the processes would be waited for.
+        # It stays a plain attribute of the model, which is no part of the engine.
+        encoder = self.model.ocr_embed
+        encoder.to(self.args.device)  # pyright: ignore[reportCallIssue]
+        self.model._modules.pop("ocr_embed", None)
+        vars(self.model)["ocr_embed"] = encoder
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _check_before_engine(self, train_dataloader: Any) -> None:
+        """The gradient check under DeepSpeed, while every process has the whole model."""
+        try:
+            self.model.to(self.args.device)  # pyright: ignore[reportArgumentType] - a device, whatever the decorator says
+            self.gradient_flow.check(self.model, args=self.args, train_dataloader=train_dataloader)
+        except torch.OutOfMemoryError:  # a model that only fits when it is spread; said by the callback
+            self.model.to("cpu")  # pyright: ignore[reportArgumentType]
+            torch.cuda.empty_cache()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter folder: no frozen weights, no pickled arguments."""
@@ -229,12 +329,12 @@ class MEMTrainer(ExplainedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Load the projection of a checkpoint."""
-        load_projection(self.model, Path(resume_from_checkpoint))
+        load_projection(self.model, Path(resume_from_checkpoint), put=load_weights)
 
     def _load_best_model(self) -> None:
         """Load the projection of the best checkpoint."""
         if self.state.best_model_checkpoint is not None:
-            load_projection(self.model, Path(self.state.best_model_checkpoint))
+            load_projection(self.model, Path(self.state.best_model_checkpoint), put=load_weights)
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
