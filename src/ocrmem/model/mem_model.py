@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +27,7 @@ from ocrmem.config.mem import MEMConfig
 from ocrmem.encoders.base import OCREncoder
 from ocrmem.errors import ConfigError, SpliceError
 from ocrmem.model import adapter
+from ocrmem.model.chunked_loss import captured, chunked_sum
 from ocrmem.model.freeze import check_trainable, freeze
 from ocrmem.model.identity import EncoderIdentity, LLMIdentity, embedding_weight
 from ocrmem.model.label_loss import (
@@ -49,8 +51,8 @@ class MEMOutput(ModelOutput):
     loss: torch.Tensor | None = None
     """Mean cross entropy of the labelled positions, in nats; float32 scalar."""
     logits: torch.Tensor | None = None
-    """With labels [N, vocabulary], those of the N positions that predict one (`logit_positions`); without
-    [B, S, vocabulary], or the positions that `logits_to_keep` names."""
+    """With labels [N, vocabulary], those of the N positions that predict one (`logit_positions`), or None where they
+    are more than `loss_chunk_size`; without [B, S, vocabulary], or the positions that `logits_to_keep` names."""
     logit_positions: torch.Tensor | None = None
     """int64 [N, 2]: sample and sequence position of each row of `logits`, where labels were given."""
     past_key_values: Cache | None = None
@@ -71,6 +73,9 @@ class MEMModel(PreTrainedModel):
     Raises:
         FrozenPartError: a frozen part has active dropout, or shares parameters with the projection.
     """
+
+    loss_chunk_size: int | None
+    """Labels whose logits are there at a time, in training and evaluation; None: all, and `forward` returns them."""
 
     config_class = MEMConfig
     base_model_prefix = "base_llm_model"
@@ -109,6 +114,8 @@ class MEMModel(PreTrainedModel):
         self._no_split_modules = base_llm_model._no_split_modules
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base_llm_model.forward).parameters
         self.cross_entropy = cross_entropy_sum
+        self.loss_chunk_size: int | None = None
+        self._plain_logits = True
         self._feature_dtype = getattr(torch, config.memory_settings.feature_dtype)
         name = llm_name or base_llm_model.name_or_path or type(base_llm_model).__name__
         self.config.llm = vars(LLMIdentity.of(base_llm_model, name=name, revision=llm_revision))
@@ -237,10 +244,7 @@ class MEMModel(PreTrainedModel):
             logits = outputs.logits
         else:
             index = labelled_positions(labels, target_index)
-            with at_positions(self.get_output_embeddings(), index):
-                outputs = run_llm()
-            logits = logits_at(outputs.logits, index, shape_BS=tuple(labels.shape))
-            loss = label_loss(logits, labels, index, num_items_in_batch, self.cross_entropy, target_weights)
+            outputs, logits, loss = self._loss(run_llm, labels, index, num_items_in_batch, target_weights)
             logit_positions = torch.stack(index, dim=1)
         result = MEMOutput(
             loss=loss,
@@ -251,6 +255,42 @@ class MEMModel(PreTrainedModel):
             attentions=outputs.get("attentions"),
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _loss(
+        self,
+        run_llm: Callable[..., Any],
+        labels: torch.Tensor,
+        index: tuple[torch.Tensor, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None,
+        target_weights: torch.Tensor | None,
+    ) -> tuple[Any, torch.Tensor | None, torch.Tensor]:
+        """The LLM's outputs, the logits at the positions that predict a label, and the loss.
+
+        With more of them than `loss_chunk_size`, the logits are made in parts and not kept, unless the LLM does
+        something to its output layer's logits, which is seen the first time."""
+        output_layer, size = self.get_output_embeddings(), self.loss_chunk_size
+        if size is not None and index[0].shape[0] > size and output_layer is not None and self._plain_logits:
+            with captured(output_layer, index) as found:
+                outputs = run_llm()
+            if found.hidden_ND is not None and found.output is outputs.logits:
+                chunked = functools.partial(
+                    chunked_sum,
+                    found.hidden_ND,
+                    output_layer=output_layer,
+                    cross_entropy=self.cross_entropy,
+                    size=size,
+                )
+                return outputs, None, label_loss(chunked, labels, index, num_items_in_batch, target_weights)
+            self._plain_logits = False
+        with at_positions(output_layer, index):
+            outputs = run_llm()
+        logits = logits_at(outputs.logits, index, shape_BS=tuple(labels.shape))
+
+        def whole(targets_N: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
+            weights = () if weights_N is None else (weights_N,)
+            return self.cross_entropy(logits, targets_N.to(logits.device), *weights)
+
+        return outputs, logits, label_loss(whole, labels, index, num_items_in_batch, target_weights)
 
     def embed(
         self,

@@ -30,6 +30,7 @@ from ocrmem.training.build import (
     training_arguments,
 )
 from ocrmem.training.build_objectives import build_objective_trainer
+from ocrmem.training.objectives import compile_layers
 from ocrmem.training.packing import PackedRows
 from ocrmem.training.trainer import MEMTrainer, last_checkpoint
 
@@ -107,12 +108,21 @@ def build_trainer(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] =
     model, processor = build_model(config)
     train_dataset = build_dataset(config.data.train, config.data, processor)
     log.info("training on %s", train_dataset.report)
+    model.loss_chunk_size = config.loss_chunk_size
+    if config.compile:
+        compile_layers(model.base_llm_model)
     trainer = MEMTrainer(
         model,
         arguments,
         train_dataset=train_dataset,
         eval_dataset=build_eval_dataset(config, processor),
-        data_collator=MEMCollator(processor.pad_token_id),
+        data_collator=MEMCollator(
+            processor.pad_token_id,
+            pad_to_multiple_of=config.data.pad_to_multiple_of,
+            packing=config.data.packing,
+            memory_token_id=processor.memory_token_id,
+            tokens_per_page=model.ocr_embed.tokens_per_page,
+        ),
         feature_store=feature_store(config),
         gradient_check=config.gradient_check,
         callbacks=list(callbacks),
