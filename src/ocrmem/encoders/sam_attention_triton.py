@@ -21,12 +21,16 @@ LOG2_E = 1.4426950408889634
 LOG2 = tl.constexpr(LOG2_E)
 """Scores are in base 2, whose exponential is the fast one."""
 MIN_TILE = 64
-"""Keys of a tile, at least: rows are joined until there are as many."""
+"""Keys of a tile: rows are joined until there are as many."""
+MIN_PRODUCT = 16
+"""Side of the smallest product that tensor cores do."""
 CONFIGS = [
-    triton.Config({"BLOCK_Q": block}, num_warps=warps, num_stages=stages)
-    for block, warps, stages in ((128, 8, 3), (128, 8, 2), (64, 4, 3), (64, 4, 2), (64, 4, 1), (128, 4, 2))
-]
-"""Queries of a tile, warps and pipeline stages that are tried at the first use; the fastest stays."""
+    triton.Config({"BLOCK_Q": block}, num_warps=warps, num_stages=stages, maxnreg=registers)
+    for block, warps, stages, registers in (
+        (128, 8, 3, None), (128, 8, 2, None), (128, 8, 2, 128), (64, 4, 3, None), (64, 4, 2, None), (64, 4, 1, None),
+    )
+]  # fmt: skip
+"""Queries of a tile, warps, pipeline stages and registers that are tried at the first use; the fastest stays."""
 
 
 @triton.autotune(
@@ -133,10 +137,11 @@ def windowed_attention(
     out = qkv_PHW3.new_empty(pages, height, width, num_heads * head)
     across, down = -(-width // window_w), -(-height // window_h)
     groups = pages * across * down * num_heads
-    _kernel[lambda meta: (triton.cdiv(window_h * window_w, meta["BLOCK_Q"]) * groups,)](  # pyright: ignore
-        qkv_PHW3, qkv_bias, bias_h, bias_w, out, height, width, across, across * down, head**-0.5 * LOG2_E,
-        HEADS=num_heads, HEAD=head, **tiles(height, width, (window_h, window_w)),
-    )  # fmt: skip
+    with torch.cuda.device_of(qkv_PHW3):
+        _kernel[lambda meta: (triton.cdiv(window_h * window_w, meta["BLOCK_Q"]) * groups,)](  # pyright: ignore
+            qkv_PHW3, qkv_bias, bias_h, bias_w, out, height, width, across, across * down, head**-0.5 * LOG2_E,
+            HEADS=num_heads, HEAD=head, **tiles(height, width, (window_h, window_w)),
+        )  # fmt: skip
     return out
 
 
@@ -157,6 +162,6 @@ def tiles(height: int, width: int, window: tuple[int, int]) -> dict[str, int | b
     """The kernel's sizes for a page of `height` × `width` positions that do not depend on the GPU."""
     rows, columns = window
     padded = triton.next_power_of_2(columns)
-    joined = max(1, min(MIN_TILE // padded, triton.next_power_of_2(rows)))
+    joined = max(1, min(MIN_TILE // padded, triton.next_power_of_2(rows)), MIN_PRODUCT // padded)
     whole = padded == columns and rows % joined == 0 and height % rows == 0 and width % columns == 0
     return {"WINDOW_H": rows, "WINDOW_W": columns, "COLUMNS": padded, "ROWS": joined, "WHOLE": whole}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,11 @@ from typing import Any
 import torch
 
 from ocrmem.errors import ConfigError
-from ocrmem.evaluation.bench.encoder import bench_encoder
-from ocrmem.evaluation.bench.prefill import bench_prefill
-from ocrmem.evaluation.bench.render import bench_render
 from ocrmem.evaluation.bench.sizes import Sizes, small_sizes
-from ocrmem.evaluation.bench.step import bench_step
 from ocrmem.evaluation.bench.timing import Results, environment, matrix_product_rate, release
 
-PARTS: dict[str, tuple[Callable[[Results, Sizes, torch.device, float], None], float]] = {
-    "render": (bench_render, 0.04),
-    "encoder": (bench_encoder, 0.36),
-    "step": (bench_step, 0.44),
-    "prefill": (bench_prefill, 0.16),
-}
-"""Each part's function, and its share of the time of all."""
+PARTS = {"render": 0.04, "encoder": 0.36, "step": 0.44, "prefill": 0.16}
+"""Each part's share of the time of all."""
 
 
 def run_bench(
@@ -55,21 +47,21 @@ def run_bench(
     sizes = small_sizes() if small else Sizes()
     product = matrix_product_rate(device, sizes.dtype, size=sizes.product)
     progress(f"matrix product: {product['tflops']} TFLOP/s")
-    share = sum(PARTS[name][1] for name in wanted)
+    share = sum(PARTS[name] for name in wanted)
     found: dict[str, dict[str, Any]] = {}
     for name in wanted:
-        function, weight = PARTS[name]
         head = {"command": command, **environment(device), "small": small, "matrix_product": product}
         results = Results(
             part=name,
             path=folder / f"bench-{name}.json",
             head=head,
-            seconds=seconds * weight / share,
+            seconds=seconds * PARTS[name] / share,
             progress=progress,
         )
         try:
-            function(results, sizes, device, product["tflops"])
-        except Exception as error:  # building a part's models failed; the other parts still run
+            part = importlib.import_module(f"ocrmem.evaluation.bench.{name}")
+            getattr(part, f"bench_{name}")(results, sizes, device, product["tflops"])
+        except Exception as error:  # a part's models could not be built or imported; the other parts still run
             results.head["error"] = f"{type(error).__name__}: {error}"
             progress(f"{name}: {results.head['error']}")
         results.write()
