@@ -99,8 +99,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the LLM's layers, which takes a minute on a GPU, then half the time a step and less memory; see
     `objectives.compile` for runs with objectives."""
-    loss_chunk_size: int | None = 512
-    """Labels of a batch whose logits are in memory at a time; null: all. 512 take 0.8 GB with a vocabulary of 150,000.
+    loss_chunk_size: int | None = 256
+    """Labels of a batch whose logits are in memory at a time; null: all. 256 take 0.4 GB with a vocabulary of 150,000.
     Runs with objectives keep all."""
     feature_cache: str | None = None
     """Folder of the feature cache; None: `features/` in the ocrmem cache."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ocrmem.evaluation.bench.sizes import Sizes, small_sizes
 from ocrmem.evaluation.bench.timing import Results, environment, matrix_product_rate, release
 
 PARTS = {"render": 0.04, "encoder": 0.36, "step": 0.44, "prefill": 0.16}
-"""Each part's share of the time of all."""
+"""Each part's share of the time."""
 
 
 def run_bench(
@@ -31,7 +32,8 @@ def run_bench(
 
     Args:
         small: small sizes, which say nothing of full size: for tests, and to see that it runs.
-        seconds: of all parts together. A part leaves out the rows that have not begun when its share is over.
+        seconds: of all parts together. A part leaves out the rows that have not begun when its share of what is left is
+            over.
         progress: is given a line for each row.
 
     Returns:
@@ -47,15 +49,16 @@ def run_bench(
     sizes = small_sizes() if small else Sizes()
     product = matrix_product_rate(device, sizes.dtype, size=sizes.product)
     progress(f"matrix product: {product['tflops']} TFLOP/s")
-    share = sum(PARTS[name] for name in wanted)
+    deadline = time.perf_counter() + seconds
     found: dict[str, dict[str, Any]] = {}
-    for name in wanted:
+    for number, name in enumerate(wanted):
+        share = PARTS[name] / sum(PARTS[later] for later in wanted[number:])
         head = {"command": command, **environment(device), "small": small, "matrix_product": product}
         results = Results(
             part=name,
             path=folder / f"bench-{name}.json",
             head=head,
-            seconds=seconds * PARTS[name] / share,
+            seconds=max(0.0, deadline - time.perf_counter()) * share,
             progress=progress,
         )
         try:

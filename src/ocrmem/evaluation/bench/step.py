@@ -23,6 +23,8 @@ from ocrmem.model.packed_attention import PACKED
 from ocrmem.training.objectives import compile_layers
 
 Batch = dict[str, Any]
+LOSS_CHUNK_SIZE = 256
+"""The default of `loss_chunk_size` in a training config."""
 PLAIN, OURS, SHORT = "plain Hugging Face", "ocrmem", "ocrmem, 30% short samples"
 
 
@@ -51,10 +53,10 @@ class Way:
 
 def ways(compiled: bool) -> list[Way]:
     """Our ways; what matters most comes first."""
-    some = [Way(compiled=compiled), Way(compiled=compiled, packed=True), Way(compiled=compiled, checkpointing=True)]
+    some = [Way(compiled=compiled), Way(compiled=compiled, checkpointing=True)]
     if compiled:
         some += [Way(memory_budget=0.8), Way(compiled=False)]
-    return some
+    return [*some, Way(compiled=compiled, packed=True)]
 
 
 def bench_step(results: Results, sizes: Sizes, device: torch.device, tflops: float) -> None:
@@ -88,21 +90,35 @@ def bench_step(results: Results, sizes: Sizes, device: torch.device, tflops: flo
         rate = 1e3 * count / found["ms"]
         row |= {"positions_per_second": round(rate, 1), **found, "share_of_limit": round(rate / limit, 4)}
 
-    for name, checkpointing in ((PLAIN, False), (f"{PLAIN}, checkpointing", True)):
+    def plain(name: str, checkpointing: bool) -> None:
         with results.row(name, device, checkpointing=checkpointing) as row, layers_as_they_were(llm):
             results.check_time()
             batch = on_device(MEMCollator(0)(long), encoder_width, per_page, sizes, device)
             fill(row, plain_step(llm, batch, encoder_width, sizes, checkpointing=checkpointing))
-    model = memory_model(llm, encoder, sizes)
-    for way in ways(sizes.compile_layers):
+
+    def ours(way: Way) -> None:
         with results.row(way.name, device, **vars(way)) as row:
             results.check_time()
             collator = packer(sizes, per_page) if way.packed else MEMCollator(0)
             batch = on_device(collator(long), encoder_width, per_page, sizes, device)
             with layers_as_they_were(llm), torch._functorch.config.patch(activation_memory_budget=way.memory_budget):
                 fill(row, our_step(model, batch, way))
-    note_ratios(results, ways(sizes.compile_layers))
+
+    plain(PLAIN, False)
+    model = memory_model(llm, encoder, sizes)
+    first, *others = ways(sizes.compile_layers)
+    ours(first)
+    note_ratios(results, [first])
     bench_packing(results, model, sizes, device, encoder_width, per_page)
+    plain(f"{PLAIN}, checkpointing", True)
+    for way in others:
+        ours(way)
+    note_ratios(results, [first, *others])
+    results.ratio(
+        "time: checkpointing over none",
+        results.find(Way(compiled=sizes.compile_layers, checkpointing=True).name, "ms"),
+        results.find(first.name, "ms"),
+    )
 
 
 def note_ratios(results: Results, ours: Sequence[Way]) -> None:
@@ -170,7 +186,7 @@ def our_step(model: MEMModel, batch: Batch, way: Way) -> Callable[[], Any]:
     if way.checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
-    model.loss_chunk_size = 512
+    model.loss_chunk_size = LOSS_CHUNK_SIZE
     fused = batch["input_ids"].is_cuda
     optimizer = torch.optim.AdamW(model.proj.parameters(), lr=1e-4, fused=fused)
 
