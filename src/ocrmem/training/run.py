@@ -30,6 +30,7 @@ from ocrmem.training.build import (
     training_arguments,
 )
 from ocrmem.training.build_objectives import build_objective_trainer
+from ocrmem.training.hardware import check_bf16
 from ocrmem.training.objectives import compile_layers
 from ocrmem.training.packing import PackedRows
 from ocrmem.training.trainer import MEMTrainer, last_checkpoint
@@ -104,6 +105,7 @@ def train(config: TrainConfig, *, resume: bool = False, callbacks: Sequence[Trai
 def build_trainer(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> tuple[MEMTrainer, MEMDataset]:
     """Everything that a run needs, ready to train; seeded, so that a fresh projection is reproducible."""
     arguments = training_arguments(config)
+    check_bf16(config, arguments.device)
     set_seed(arguments.seed)
     model, processor = build_model(config)
     train_dataset = build_dataset(config.data.train, config.data, processor)

@@ -1,0 +1,127 @@
+"""What a run needs of its GPU, and what to say where it has too little. docs/cost.md has the formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ocrmem.config.train import TrainConfig
+from ocrmem.errors import ConfigError
+from ocrmem.model.mem_model import MEMModel
+
+EAGER_OVER_COMPILED = 1.8
+"""Bytes that a layer keeps for the backward pass uncompiled, over those that it must keep: on an H100 an eager Qwen3-8B
+kept 152 kB a position and layer, and must keep 86."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes that a training step needs, by what they are for."""
+
+    weights: int
+    """Of all parts on the GPU, as they are stored."""
+    activations: int
+    """What the LLM's layers keep for the backward pass."""
+    logits: int
+    """Of the labels that are there at a time, with their gradient."""
+    projection: int
+    """Its gradient and AdamW's two moments."""
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.activations + self.logits + self.projection
+
+    def __str__(self) -> str:
+        shares = (
+            f"{name} {getattr(self, name) / 1e9:.1f}" for name in ("weights", "activations", "logits", "projection")
+        )
+        return f"about {self.total / 1e9:.1f} GB ({', '.join(shares)})"
+
+
+def step_memory(
+    model: MEMModel, *, positions: int, labels: int, compiled: bool = False, checkpointing: bool = False
+) -> StepMemory:
+    """Memory of a training step with a frozen LLM of the Llama kind.
+
+    Of each position a layer must keep the inputs of its two norms, queries, keys, values, the attention's result, and
+    both halves of the MLP. With checkpointing it keeps its input alone, and one layer everything.
+
+    Args:
+        positions: of the batch, padding included.
+        labels: whose logits are in memory at a time.
+    """
+    config: Any = model.base_llm_model.config.get_text_config()
+    width, heads = config.hidden_size, config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or width // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    size = model.dtype.itemsize if model.dtype.is_floating_point else 2
+    kept = 2 * width + 2 * heads * head_width + 2 * groups * head_width + 2 * config.intermediate_size
+    layer = positions * kept * size * (1.0 if compiled else EAGER_OVER_COMPILED)
+    num_layers = config.num_hidden_layers
+    activations = num_layers * positions * width * size + layer if checkpointing else num_layers * layer
+    learned = sum(parameter.numel() * parameter.itemsize for parameter in model.proj.parameters())
+    return StepMemory(
+        weights=sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
+        activations=round(activations),
+        logits=labels * config.vocab_size * (size + 4 + 4),
+        projection=3 * learned,
+    )
+
+
+def out_of_memory(model: MEMModel, inputs: dict[str, Any], *, error: BaseException, step: int) -> str:
+    """The message of a step that did not fit: what it takes, and which settings lower it."""
+    input_ids, labels = inputs["input_ids"], inputs.get("labels")
+    counted = 0 if labels is None else int((labels != -100).sum())
+    chunk = model.loss_chunk_size or counted
+    parts = list(model.base_llm_model.modules())
+    layers = next((part for part in parts if isinstance(part, torch.nn.ModuleList)), ())
+    compiled = any("forward" in vars(layer) for layer in layers)
+    checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in parts)
+    needed = step_memory(
+        model,
+        positions=input_ids.numel(),
+        labels=min(counted, chunk),
+        compiled=compiled,
+        checkpointing=checkpointing,
+    )
+    has, device = "", model.proj.linear1.weight.device
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        has = f"; the GPU has {total / 1e9:.1f} GB, {free / 1e9:.1f} of them free"
+    ways = ["lower training.per_device_train_batch_size (with more training.gradient_accumulation_steps)"]
+    if not checkpointing:
+        ways.append("set training.gradient_checkpointing: true")
+    if not compiled:
+        ways.append("set compile: true")
+    if min(counted, chunk) > 64:
+        ways.append(f"lower loss_chunk_size (now {model.loss_chunk_size or 'null'})")
+    ways.append("lower memory.recent_tokens or data.max_reply_tokens, or set llm.quantization")
+    reason = str(error).partition("\n")[0].partition(" Tried")[0].rstrip(".")
+    return (
+        f"step {step} did not fit into memory ({reason}): its batch of {tuple(input_ids.shape)} positions, {counted} "
+        f"labelled, needs {needed}{has}. To lower it, {'; '.join(ways)}. Start the same command again, and it goes on "
+        "from the last checkpoint."
+    )
+
+
+def check_bf16(config: TrainConfig, device: torch.device) -> None:
+    """Refuse bfloat16 on a GPU that has none of its own and would do it in software, many times slower.
+
+    Raises:
+        ConfigError: the settings that ask for it are named.
+    """
+    if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return
+    asked = [
+        f"{name}.dtype" for name, settings in (("llm", config.llm), ("encoder", config.encoder))
+        if settings.dtype == "bfloat16"
+    ]  # fmt: skip
+    if asked:
+        raise ConfigError(
+            f"{' and '.join(asked)} ask for bfloat16, which {torch.cuda.get_device_name(device)} does not have (it "
+            "takes an Ampere GPU, of compute capability 8.0, or newer). Set float16 for the encoder and float32 or "
+            "float16 for the LLM."
+        )
