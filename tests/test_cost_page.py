@@ -1,6 +1,7 @@
 """The figures of docs/cost.md follow from the formulas in the code."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from ocrmem.encoders.deepencoder_clip import CLIPSizes
 from ocrmem.encoders.deepencoder_sam import SAMSizes
 from ocrmem.evaluation.bench.flops import clip_flops, llm_parameters, sam_flops, step_flops_per_position
 from ocrmem.evaluation.bench.sizes import Sizes
+from ocrmem.training.hardware import kept_values
 
 PAGE = " ".join((Path(__file__).parents[1] / "docs" / "cost.md").read_text(encoding="utf-8").split())
 RATE = 750e12
@@ -31,9 +33,9 @@ def test_llms(preset):
     config = LLM_CONFIGS[preset]
     weights = sum(llm_parameters(config).values())
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    width, layers = config["hidden_size"], config["num_hidden_layers"]
-    kept = 2 * layers * (2 * width + 2 * queries + 2 * keys + 2 * config["intermediate_size"])
+    keys, width, layers = config["num_key_value_heads"] * head, config["hidden_size"], config["num_hidden_layers"]
+    sizes = SimpleNamespace(**{"head_dim": None, **config})
+    kept = 2 * layers * kept_values(sizes, compiled=True, memory_budget=0.9)
     row = (
         f"| {2 * weights / 1e9:.1f} GB | {RATE / step_flops_per_position(config):,.0f} | {kept / 1e6:.2f} GB | "
         f"{2 * layers * width / 1e6:.2f} GB | {4 * layers * keys / 1e6:.2f} GB |"
@@ -62,3 +64,13 @@ def test_the_million():
     run = (sizes.long_samples + sizes.short_samples) * sizes.positions
     needed = sizes.long_samples * sizes.positions + sizes.short_samples * sizes.short_positions
     assert f"{run // sizes.positions} / {needed // sizes.positions} = {run / needed:.2f}" in PAGE
+
+
+def test_what_a_step_keeps():
+    config = SimpleNamespace(**LLM_CONFIGS["qwen3-8b"])
+    for row, options in (
+        ("kept for the backward pass | 2 × S × L × (4D + 4Q + 4K + 3I)", {"compiled": False}),
+        ("the same, compiled | 2 × S × L × (2D + 3Q + 3K + 2I)", {"compiled": True}),
+        ("0.9` | 2 × S × L × (2D + Q + 2K + 2I)", {"compiled": True, "memory_budget": 0.9}),
+    ):
+        assert f"{row} | {2 * 4096 * 36 * kept_values(config, **options) / 1e9:.1f} GB |" in PAGE

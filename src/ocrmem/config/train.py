@@ -99,6 +99,10 @@ class TrainConfig:
     compile: bool = False
     """Compile the LLM's layers, which takes a minute on a GPU, then half the time a step and less memory; see
     `objectives.compile` for runs with objectives."""
+    compile_memory_budget: float = 1.0
+    """With `compile`: share of their activations that layers keep for the backward pass; torch's partitioner chooses
+    which. A little below 1, queries and keys are turned and attention is run twice, and a layer keeps a fifth less; 0.7
+    repeats a small matrix product too."""
     loss_chunk_size: int | None = 256
     """Labels of a batch whose logits are in memory at a time; null: all. 256 take 0.4 GB with a vocabulary of 150,000.
     Runs with objectives keep all."""
@@ -108,6 +112,8 @@ class TrainConfig:
     """Any `transformers.TrainingArguments` field, by its own name."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.compile_memory_budget <= 1:
+            raise ConfigError(f"compile_memory_budget={self.compile_memory_budget}: expected more than 0, at most 1.")
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ConfigError(f"loss_chunk_size={self.loss_chunk_size}: expected 1 or more, or null.")
 

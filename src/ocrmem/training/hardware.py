@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from ocrmem.config.train import TrainConfig
 from ocrmem.errors import ConfigError
 from ocrmem.model.mem_model import MEMModel
-
-EAGER_OVER_COMPILED = 1.8
-"""Bytes that a layer keeps for the backward pass uncompiled, over those that it must keep: on an H100 an eager Qwen3-8B
-kept 152 kB a position and layer, and must keep 86."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,31 +38,52 @@ class StepMemory:
         return f"about {self.total / 1e9:.1f} GB ({', '.join(shares)})"
 
 
+def kept_values(config: Any, *, compiled: bool, memory_budget: float = 1.0) -> int:
+    """16-bit values that a layer keeps of a position for the backward pass (`tests/training/test_hardware.py` counts).
+
+    With D the width, Q and K those of queries and keys, I the MLP's: as it is 4D + 4Q + 4K + 3I, the norms' inputs in
+    float32; compiled 2D + 3Q + 3K + 2I; and 2D + Q + 2K + 2I with a memory budget a little below 1, where queries and
+    keys are turned and attention is run a second time. Lower budgets repeat matrix products and are not told here.
+
+    Args:
+        config: a Hugging Face text config of the Llama kind.
+    """
+    width, heads = config.hidden_size, config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or width // heads
+    queries, keys = heads * head_width, (getattr(config, "num_key_value_heads", None) or heads) * head_width
+    if not compiled:
+        return 4 * (width + queries + keys) + 3 * config.intermediate_size
+    twice = memory_budget < 1
+    return 2 * width + (1 if twice else 3) * queries + (2 if twice else 3) * keys + 2 * config.intermediate_size
+
+
 def step_memory(
-    model: MEMModel, *, positions: int, labels: int, compiled: bool = False, checkpointing: bool = False
+    model: MEMModel,
+    *,
+    positions: int,
+    labels: int,
+    compiled: bool = False,
+    memory_budget: float = 1.0,
+    checkpointing: bool = False,
 ) -> StepMemory:
     """Memory of a training step with a frozen LLM of the Llama kind.
-
-    Of each position a layer must keep the inputs of its two norms, queries, keys, values, the attention's result, and
-    both halves of the MLP. With checkpointing it keeps its input alone, and one layer everything.
 
     Args:
         positions: of the batch, padding included.
         labels: whose logits are in memory at a time.
+        memory_budget: `compile_memory_budget` of the config.
+        checkpointing: each layer keeps its input alone, and one layer everything.
     """
     config: Any = model.base_llm_model.config.get_text_config()
-    width, heads = config.hidden_size, config.num_attention_heads
-    head_width = getattr(config, "head_dim", None) or width // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
     size = model.dtype.itemsize if model.dtype.is_floating_point else 2
-    kept = 2 * width + 2 * heads * head_width + 2 * groups * head_width + 2 * config.intermediate_size
-    layer = positions * kept * size * (1.0 if compiled else EAGER_OVER_COMPILED)
+    layer = positions * size * kept_values(config, compiled=compiled, memory_budget=memory_budget)
     num_layers = config.num_hidden_layers
-    activations = num_layers * positions * width * size + layer if checkpointing else num_layers * layer
+    inputs = num_layers * positions * config.hidden_size * size
+    activations = inputs + layer if checkpointing else num_layers * layer
     learned = sum(parameter.numel() * parameter.itemsize for parameter in model.proj.parameters())
     return StepMemory(
         weights=sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
-        activations=round(activations),
+        activations=activations,
         logits=labels * config.vocab_size * (size + 4 + 4),
         projection=3 * learned,
     )
@@ -85,6 +103,7 @@ def out_of_memory(model: MEMModel, inputs: dict[str, Any], *, error: BaseExcepti
         positions=input_ids.numel(),
         labels=min(counted, chunk),
         compiled=compiled,
+        memory_budget=torch._functorch.config.activation_memory_budget,
         checkpointing=checkpointing,
     )
     has, device = "", model.proj.linear1.weight.device
@@ -96,6 +115,8 @@ def out_of_memory(model: MEMModel, inputs: dict[str, Any], *, error: BaseExcepti
         ways.append("set training.gradient_checkpointing: true")
     if not compiled:
         ways.append("set compile: true")
+    else:
+        ways.append("lower compile_memory_budget")
     if min(counted, chunk) > 64:
         ways.append(f"lower loss_chunk_size (now {model.loss_chunk_size or 'null'})")
     ways.append("lower memory.recent_tokens or data.max_reply_tokens, or set llm.quantization")

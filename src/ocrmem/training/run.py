@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch._functorch.config
 import yaml
 from transformers import TrainerCallback, set_seed
 
@@ -112,6 +114,7 @@ def build_trainer(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] =
     log.info("training on %s", train_dataset.report)
     model.loss_chunk_size = config.loss_chunk_size
     if config.compile:
+        torch._functorch.config.activation_memory_budget = config.compile_memory_budget
         compile_layers(model.base_llm_model)
     trainer = MEMTrainer(
         model,

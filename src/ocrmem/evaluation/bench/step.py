@@ -53,10 +53,10 @@ class Way:
 
 def ways(compiled: bool) -> list[Way]:
     """Our ways; what matters most comes first."""
-    some = [Way(compiled=compiled), Way(compiled=compiled, checkpointing=True)]
-    if compiled:
-        some += [Way(memory_budget=0.8), Way(compiled=False)]
-    return [*some, Way(compiled=compiled, packed=True)]
+    if not compiled:
+        return [Way(compiled=False), Way(compiled=False, checkpointing=True), Way(compiled=False, packed=True)]
+    budgets = [Way(memory_budget=budget) for budget in (0.9, 1.0, 0.7)]
+    return [*budgets, Way(checkpointing=True), Way(compiled=False), Way(packed=True)]
 
 
 def bench_step(results: Results, sizes: Sizes, device: torch.device, tflops: float) -> None:
