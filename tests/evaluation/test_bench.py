@@ -158,7 +158,7 @@ def test_rows_of_full_size_are_full():
 
 
 def test_a_way_leaves_the_llm_as_it_was():
-    from ocrmem.training.objectives import compile_layers
+    from ocrmem.model.llm import compile_layers
 
     sizes = small_sizes()
     llm = random_llm(sizes, CPU)

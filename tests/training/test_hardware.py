@@ -14,10 +14,9 @@ from ocrmem.config.projection import ProjectionSettings
 from ocrmem.config.train import TrainConfig
 from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import ConfigError, TrainingError
-from ocrmem.model.llm import empty_llm
+from ocrmem.model.llm import compile_layers, empty_llm
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.training.hardware import check_bf16, kept_values, step_memory
-from ocrmem.training.objectives import compile_layers
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from training.test_trainer import GOLDEN_LOSSES
 from training.worker import build_trainer
 
 from ocrmem.data.collator import MEMCollator
-from ocrmem.training.objectives import compile_layers
+from ocrmem.model.llm import compile_layers
 
 
 def losses_of(trainer) -> list[float]:

@@ -24,6 +24,7 @@ from ocrmem.errors import ConfigError
 from ocrmem.files import write_text
 from ocrmem.memory.history import history_text
 from ocrmem.model.adapter import default_card, read_manifest
+from ocrmem.model.llm import compile_layers
 from ocrmem.training.build import (
     build_dataset,
     build_eval_dataset,
@@ -33,7 +34,6 @@ from ocrmem.training.build import (
 )
 from ocrmem.training.build_objectives import build_objective_trainer
 from ocrmem.training.hardware import check_bf16
-from ocrmem.training.objectives import compile_layers
 from ocrmem.training.packing import PackedRows
 from ocrmem.training.trainer import MEMTrainer, last_checkpoint
 

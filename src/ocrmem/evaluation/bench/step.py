@@ -18,9 +18,9 @@ from ocrmem.evaluation.bench.flops import step_flops_per_position
 from ocrmem.evaluation.bench.models import bench_encoder_of, memory_model, placeholder_id, random_llm, sample
 from ocrmem.evaluation.bench.sizes import Sizes
 from ocrmem.evaluation.bench.timing import Results, measure
+from ocrmem.model.llm import compile_layers
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.model.packed_attention import PACKED
-from ocrmem.training.objectives import compile_layers
 
 Batch = dict[str, Any]
 LOSS_CHUNK_SIZE = 256
