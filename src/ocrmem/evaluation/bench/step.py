@@ -114,11 +114,29 @@ def bench_step(results: Results, sizes: Sizes, device: torch.device, tflops: flo
     for way in others:
         ours(way)
     note_ratios(results, [first, *others])
+    with results.row(f"{OURS}, 8-bit LLM by torchao", device) as row, layers_as_they_were(llm):
+        results.check_time()
+        quantize_layers(llm)  # for good, so it comes last
+        batch = on_device(MEMCollator(0)(long), encoder_width, per_page, sizes, device)
+        fill(row, our_step(model, batch, Way(compiled=False)))
     results.ratio(
         "time: checkpointing over none",
         results.find(Way(compiled=sizes.compile_layers, checkpointing=True).name, "ms"),
         results.find(first.name, "ms"),
     )
+
+
+def quantize_layers(llm: PreTrainedModel) -> None:
+    """The layers' weights in 8 bits, as `llm.quantization: torchao-int8` has them.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
+
+    for module in llm.modules():
+        if isinstance(module, nn.ModuleList):
+            quantize_(module, Int8WeightOnlyConfig())
 
 
 def note_ratios(results: Results, ours: Sequence[Way]) -> None:
