@@ -136,7 +136,8 @@ def exact_features(encoder: DeepSeekOCREncoder, pages_PHW: torch.Tensor) -> torc
     """Features of the same weights in float32."""
     dtype = encoder.sam_model.pos_embed.dtype
     encoder.float()
-    features_PVE = encoder(pages_PHW)
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        features_PVE = encoder(pages_PHW)
     encoder.to(dtype)
     return features_PVE
 
