@@ -116,7 +116,7 @@ def test_bad_input():
     done = ocrmem("bench", "everything")
     assert done.returncode == 1
     assert done.stderr == (
-        "error: unknown part of the benchmark everything: expected render, encoder, step, prefill or all.\n"
+        "error: unknown part of the benchmark everything: expected render, encoder, prefill, step or all.\n"
     )
 
 
