@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, PLACEHOLDER, tiny_batch, tiny_model
 
+from ocrmem.data.collator import MEMCollator
 from ocrmem.errors import SpliceError
 from ocrmem.model.packed_attention import packed_mask
 from ocrmem.model.splice import positions_after
@@ -86,6 +87,25 @@ def test_a_packed_row_is_its_samples():
     found = model(**packed, **memory).logits
     wanted = torch.cat([model(**s).logits for s in samples])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_collator_packs_with_these_positions():
+    batch = tiny_batch(((7, 14),), text=(5,))
+    sample = {
+        "input_ids": batch["input_ids"][0],
+        "labels": batch["labels"][0],
+        "pages": batch["pages"],
+        "page_keys": ["a", "b"],
+        "page_num_tokens": batch["page_num_tokens"],
+    }
+    model = strided()
+    packs = MEMCollator(
+        0, packing=True, memory_token_id=PLACEHOLDER, tokens_per_page=28, position_stride=STRIDE, pad_to_multiple_of=16
+    )
+    row = packs([sample, sample])
+    length = len(sample["input_ids"])
+    wanted = model.positions(batch["input_ids"])[0]
+    assert row["position_ids"][0, : 2 * length].tolist() == [*wanted.tolist(), *wanted.tolist()]
 
 
 def test_packed_mask_keeps_samples_apart():

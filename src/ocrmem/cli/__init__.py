@@ -14,7 +14,7 @@ import sys
 import typer
 
 from ocrmem import __version__
-from ocrmem.cli import chat, doctor, encode, eval, fetch, params, render, store, train, tune_page
+from ocrmem.cli import bench, chat, doctor, encode, eval, fetch, params, render, store, train, tune_page
 from ocrmem.errors import OcrmemError
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ app.command("chat")(chat.command)
 app.add_typer(store.app, name="store")
 app.command("doctor")(doctor.command)
 app.command("tune-page")(tune_page.command)
+app.command("bench")(bench.command)
 
 
 @app.callback(invoke_without_command=True)

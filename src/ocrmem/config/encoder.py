@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ocrmem.errors import ConfigError
 
 DEEPSEEK_FEATURES = ("sam-mid", "sam", "sum", "concat")
+ATTENTIONS = ("auto", "reference", "folded", "flex", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,21 @@ class DeepSeekOCRSettings:
     itself feeds on)."""
     page_size: Literal[512, 640, 1024, 1280] = 1024
     """Side of the square page in pixels: 64, 100, 256 or 400 memory tokens."""
+    attention: Literal["auto", "reference", "folded", "flex", "triton"] = "auto"
+    """How SAM's relative positions enter its attention; all ways give the same features, to rounding. `reference`
+    materialises the bias, `folded` puts it into queries and keys, `flex` is FlexAttention, `triton` a kernel of its own
+    for half precision on GPUs from Ampere on. `auto`: `triton` there, `folded` on other GPUs, `reference` on the CPU.
+    What cannot run falls back to what can."""
+    compile: bool = False
+    """Compile the encoder's layers. Pays after some hundred pages on a GPU; needs a C++ compiler or Triton."""
 
     def __post_init__(self) -> None:
         if self.features not in DEEPSEEK_FEATURES:
             raise ConfigError(f"features={self.features!r}: expected one of {', '.join(DEEPSEEK_FEATURES)}.")
         if self.page_size not in (512, 640, 1024, 1280):
             raise ConfigError(f"page_size={self.page_size}: expected 512, 640, 1024 or 1280.")
+        if self.attention not in ATTENTIONS:
+            raise ConfigError(f"attention={self.attention!r}: expected one of {', '.join(ATTENTIONS)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

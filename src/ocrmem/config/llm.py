@@ -22,6 +22,18 @@ class LLMSettings:
     """Type of the frozen weights; `auto`: as stored. The projection keeps float32 weights whatever this says."""
     attn_implementation: str | None = None
     """Attention kernel by its transformers name (`sdpa`, `flash_attention_2`, `eager`); None: transformers' choice."""
+    quantization: Literal["bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8"] | None = None
+    """Keep the frozen weights in 8 or 4 bits, by a library that must be installed; embeddings and the output layer stay
+    as they are. An adapter is best used with the LLM that it was trained with. None: as `dtype` says."""
+
+    def __post_init__(self) -> None:
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ConfigError(
+                f"llm.quantization={self.quantization!r}: expected one of {', '.join(QUANTIZATIONS)}, or null."
+            )
+
+
+QUANTIZATIONS = ("bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8")
 
 
 def _qwen3(width: int, layers: int, heads: int, mlp: int, *, tied: bool) -> dict[str, Any]:

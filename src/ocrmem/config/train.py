@@ -39,13 +39,20 @@ class DataSettings:
     """`with_memory`: replies whose prompt is long enough to have a memory; the others cannot teach the projection."""
     max_reply_tokens: int = 512
     """A longer reply is cut for training."""
+    packing: bool = False
+    """Put the samples of a batch into one row, one after the other and none seeing another, in place of padding them to
+    the longest. Set `llm.attn_implementation: packed` with it on a GPU, whose kernel passes over what other samples
+    hold; other implementations are given a mask."""
+    pad_to_multiple_of: int | None = None
+    """Round the positions of a batch up to a multiple of this: fewer shapes to compile for. None: no padding beyond the
+    longest sample."""
     skip_bad_lines: bool = False
     """Count and report broken lines instead of stopping at the first."""
 
     def __post_init__(self) -> None:
         if self.max_reply_tokens < 1:
             raise ConfigError(f"data.max_reply_tokens={self.max_reply_tokens}: expected 1 or more.")
-        for name in ("max_conversations", "max_eval_samples"):
+        for name in ("max_conversations", "max_eval_samples", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}={value}: expected 1 or more, or null.")
@@ -89,10 +96,26 @@ class TrainConfig:
     """Placeholder token; None: a reserved token of the LLM's vocabulary is chosen."""
     gradient_check: Annotated[Literal["error", "warn", "off"], BeforeValidator(_word)] = "error"
     """Check one batch's gradient flow before the first step: stop the run if it cannot learn, warn, or do nothing."""
+    compile: bool = False
+    """Compile the LLM's layers, which takes a minute on a GPU, then half the time a step and less memory; see
+    `objectives.compile` for runs with objectives."""
+    compile_memory_budget: float = 1.0
+    """With `compile`: share of their activations that layers keep for the backward pass; torch's partitioner chooses
+    which. A little below 1, queries and keys are turned and attention is run twice, and a layer keeps a fifth less; 0.7
+    repeats a small matrix product too."""
+    loss_chunk_size: int | None = 256
+    """Labels of a batch whose logits are in memory at a time; null: all. 256 take 0.4 GB with a vocabulary of 150,000.
+    Runs with objectives keep all."""
     feature_cache: str | None = None
     """Folder of the feature cache; None: `features/` in the ocrmem cache."""
     training: dict[str, Any] = field(default_factory=dict)
     """Any `transformers.TrainingArguments` field, by its own name."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.compile_memory_budget <= 1:
+            raise ConfigError(f"compile_memory_budget={self.compile_memory_budget}: expected more than 0, at most 1.")
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ConfigError(f"loss_chunk_size={self.loss_chunk_size}: expected 1 or more, or null.")
 
 
 def load_train_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:

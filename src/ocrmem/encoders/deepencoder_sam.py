@@ -5,7 +5,7 @@ pixels [P, 3, H, W] ─▶ patches of 16 ─▶ 12 blocks ─▶ neck 768→256 
                                         windows of 14; all of the page in blocks 2, 5, 8, 11
 ```
 
-Attribute names are those of the original checkpoint's tensors.
+Attribute names are those of the original checkpoint's tensors. `sam_attention` has the ways to attend.
 """
 
 from __future__ import annotations
@@ -15,6 +15,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from ocrmem.encoders.sam_attention import (
+    Implementation,
+    choose,
+    flex_attention,
+    folded_attention,
+    kernel_attention,
+    reference_attention,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +47,10 @@ class SAMSizes:
 class SAMEncoder(nn.Module):
     """Pixels to a feature map; of h × w patches [P, 512, h/2, w/2] after `net_2`, [P, 1024, h/4, w/4] after `net_3`."""
 
-    def __init__(self, sizes: SAMSizes) -> None:
+    def __init__(self, sizes: SAMSizes, *, attention: Implementation = "auto") -> None:
         super().__init__()
+        self.attention: Implementation = attention
+        self.head_width = sizes.width // sizes.num_heads
         self.patch_embed = PatchEmbed(sizes)
         self.pos_embed = nn.Parameter(torch.zeros(1, sizes.grid, sizes.grid, sizes.width))
         self.blocks = nn.ModuleList(
@@ -59,8 +70,9 @@ class SAMEncoder(nn.Module):
         """The final feature map, or that after `net_2` with `until_mid`."""
         hidden = self.patch_embed(pixels_P3HW)
         hidden = hidden + resize_positions(self.pos_embed, hidden.shape[1], hidden.shape[2])
+        attention = choose(self.attention, device=hidden.device, dtype=hidden.dtype, head_width=self.head_width)
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = block(hidden, attention)
         mid = self.net_2(self.neck(hidden.permute(0, 3, 1, 2)))
         return mid if until_mid else self.net_3(mid)
 
@@ -99,14 +111,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(sizes.width, eps=1e-6)
         self.mlp = MLP(sizes)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, attention: Implementation = "reference") -> torch.Tensor:
         """[P, h, w, width] in and out."""
         normed = self.norm1(hidden)
-        if self.window == 0:
-            hidden = hidden + self.attn(normed)
+        if attention == "triton":
+            hidden = hidden + self.attn.in_place(normed, self.window)
+        elif self.window == 0:
+            hidden = hidden + self.attn(normed, attention)
         else:
             windows = to_windows(normed, self.window)
-            hidden = hidden + from_windows(self.attn(windows), self.window, *hidden.shape[1:3])
+            hidden = hidden + from_windows(self.attn(windows, attention), self.window, *hidden.shape[1:3])
         return hidden + self.mlp(self.norm2(hidden))
 
 
@@ -135,17 +149,33 @@ class Attention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, head_width))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, head_width))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[P, h, w, width] in and out."""
+    def forward(self, hidden: torch.Tensor, attention: Implementation) -> torch.Tensor:
+        """[P, h, w, width] in and out, or windows in place of pages."""
         pages, height, width, _ = hidden.shape
         qkv = self.qkv(hidden).reshape(pages, height * width, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         square = query.unflatten(2, (height, width))
-        bias_h = torch.einsum("pnhwc,hkc->pnhwk", square, relative_positions(self.rel_pos_h, height))
-        bias_w = torch.einsum("pnhwc,wkc->pnhwk", square, relative_positions(self.rel_pos_w, width))
-        bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(4, 5).flatten(2, 3)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        bias_h = torch.einsum("pnhwc,hkc->pnhwk", square, relative_positions(self.rel_pos_h, height)).flatten(2, 3)
+        bias_w = torch.einsum("pnhwc,wkc->pnhwk", square, relative_positions(self.rel_pos_w, width)).flatten(2, 3)
+        attend = {"folded": folded_attention, "flex": flex_attention}.get(attention, reference_attention)
+        attended = attend(query, key, value, bias_h, bias_w)
         return self.proj(attended.transpose(1, 2).reshape(hidden.shape))
+
+    def in_place(self, hidden: torch.Tensor, window: int) -> torch.Tensor:
+        """`forward` by the Triton kernel, over windows that lie in place; `window` 0: over the whole page."""
+        height, width = hidden.shape[1:3]
+        rows, columns = (window, window) if window else (height, width)
+        down = torch.arange(height, device=hidden.device) % rows
+        across = torch.arange(width, device=hidden.device) % columns
+        attended = kernel_attention(
+            self.qkv(hidden),
+            self.qkv.bias,
+            relative_positions(self.rel_pos_h, rows)[down],
+            relative_positions(self.rel_pos_w, columns)[across],
+            num_heads=self.num_heads,
+            window=(rows, columns),
+        )
+        return self.proj(attended)
 
 
 def relative_positions(table: torch.Tensor, size: int) -> torch.Tensor:

@@ -12,11 +12,14 @@ On a page of 1,024 × 1,024 pixels SAM sees 64 × 64 patches and g is 16: 256 to
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._dynamo.exc import TorchDynamoException
 
 from ocrmem.assets.fetch import resolve
 from ocrmem.config.encoder import DeepSeekOCRSettings
@@ -27,6 +30,8 @@ from ocrmem.encoders.deepencoder_clip import CLIPEncoder, CLIPSizes
 from ocrmem.encoders.deepencoder_sam import SAMEncoder, SAMSizes
 from ocrmem.errors import ConfigError, PageSizeError
 from ocrmem.types import Page, TokenSpans
+
+log = logging.getLogger(__name__)
 
 PIXELS_PER_TOKEN = 64
 """Side of the square of pixels under one token: 16-pixel patches, halved twice."""
@@ -58,7 +63,9 @@ class DeepSeekOCREncoder(OCREncoder):
         self.features = settings.features
         self.grid = settings.page_size // PIXELS_PER_TOKEN
         self._sam_sizes = sam_sizes or SAMSizes()
-        self.sam_model = SAMEncoder(self._sam_sizes)
+        self.compile_layers = settings.compile
+        self._compiled = False
+        self.sam_model = SAMEncoder(self._sam_sizes, attention=settings.attention)
         self.vision_model = CLIPEncoder(clip_sizes or CLIPSizes())
 
     @classmethod
@@ -92,6 +99,56 @@ class DeepSeekOCREncoder(OCREncoder):
 
     def forward(self, pages_PHW: torch.Tensor) -> torch.Tensor:
         self.check_pages(pages_PHW)
+        return self._encode(pages_PHW)
+
+    def encode_mixed(self, pages: Sequence[torch.Tensor], *, batch_size: int = 16) -> list[torch.Tensor]:
+        """Encode square pages of several sizes: those of one size go together, `batch_size` at a time.
+
+        Args:
+            pages: uint8 [H, W] each, H = W a multiple of 64 pixels.
+
+        Returns:
+            features_VE of each page, in the order given, V = (H / 64)².
+
+        Raises:
+            PageSizeError: a page is no such square.
+        """
+        of_size: dict[int, list[int]] = {}
+        for number, page_HW in enumerate(pages):
+            side = page_HW.shape[0]
+            if page_HW.dtype != torch.uint8 or tuple(page_HW.shape) != (side, side) or side % PIXELS_PER_TOKEN:
+                raise PageSizeError(
+                    f"page {number} has shape {tuple(page_HW.shape)} and type {str(page_HW.dtype)[6:]}; encoder "
+                    f"'deepseek-ocr' takes uint8 squares whose side is a multiple of {PIXELS_PER_TOKEN} pixels."
+                )
+            of_size.setdefault(side, []).append(number)
+        found: dict[int, torch.Tensor] = {}
+        for numbers in of_size.values():
+            for begin in range(0, len(numbers), batch_size):
+                part = numbers[begin : begin + batch_size]
+                found.update(zip(part, self._encode(torch.stack([pages[number] for number in part])), strict=True))
+        return [found[number] for number in range(len(pages))]
+
+    def _encode(self, pages_PHW: torch.Tensor) -> torch.Tensor:
+        """Square pages of one size; compiled where that was asked for and works."""
+        if self.compile_layers and not self._compiled:
+            for layer in self._layers():
+                layer.forward = torch.compile(layer.forward)
+            self._compiled = True
+        try:
+            return self._features(pages_PHW)
+        except TorchDynamoException as error:
+            log.warning("the encoder's layers cannot be compiled here and run as they are: %s", error)
+            for layer in self._layers():
+                vars(layer).pop("forward", None)
+            self.compile_layers = False
+        return self._features(pages_PHW)
+
+    def _layers(self) -> list[torch.nn.Module]:
+        """SAM's and CLIP's, which are compiled one by one: all of a kind share one graph."""
+        return [*self.sam_model.blocks, *self.vision_model.transformer.layers]
+
+    def _features(self, pages_PHW: torch.Tensor) -> torch.Tensor:
         dtype = self.sam_model.pos_embed.dtype
         pixels_P3HW = (pages_PHW.to(dtype) / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
         if self.features == "sam-mid":

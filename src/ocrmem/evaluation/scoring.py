@@ -21,7 +21,8 @@ from ocrmem.evaluation.probes import Probe
 from ocrmem.evaluation.rivals import Rival
 from ocrmem.memory.chat_format import ChatFormat
 from ocrmem.model.label_loss import IGNORE_INDEX, at_positions, labelled_positions, logits_at
-from ocrmem.model.mem_model import MEMModel, one_sample_each
+from ocrmem.model.mem_model import MEMModel
+from ocrmem.model.splice import one_sample_each
 from ocrmem.types import Message
 
 BATCH_POSITIONS = {"cpu": 16384, "cuda": 65536}

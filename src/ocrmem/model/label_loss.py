@@ -3,7 +3,8 @@
 The logits of all positions are the largest tensor of a training step (a vocabulary of 151,936 times every position, in
 float32), and only those that predict a label are needed. Hidden states are therefore gathered in front of the LLM's
 own output layer, by a hook on it: whatever the LLM does to its logits afterwards (Gemma's soft cap, Granite's scale)
-stays the LLM's business.
+stays the LLM's business. Where it does nothing, the logits can also be made some positions at a time
+(`model.chunked_loss`).
 """
 
 from __future__ import annotations
@@ -73,25 +74,24 @@ def cross_entropy_sum(
 
 
 def label_loss(
-    logits_NC: torch.Tensor,
+    sum_of: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
     labels_BS: torch.Tensor,
     index: tuple[torch.Tensor, torch.Tensor],
     num_items_in_batch: torch.Tensor | int | None,
-    cross_entropy: Callable[..., torch.Tensor],
     weights_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy of the labels that follow the positions, in float32; 0 where nothing is labelled.
 
     Args:
-        cross_entropy: `cross_entropy_sum`, or the same compiled.
+        sum_of: sum of the cross entropies, from the labels int64 [N] and their weights [N] or None.
         num_items_in_batch: divisor of the sum; None: the number of positions.
         weights_N: the loss is instead the sum of the cross entropies times these.
     """
     samples_N, positions_N = index
-    targets_N = labels_BS[samples_N, positions_N + 1].to(logits_NC.device)
+    targets_N = labels_BS[samples_N, positions_N + 1]
     if weights_N is not None:
-        return cross_entropy(logits_NC, targets_N, weights_N)
-    total = cross_entropy(logits_NC, targets_N)
+        return sum_of(targets_N, weights_N)
+    total = sum_of(targets_N, None)
     if num_items_in_batch is None:
         num_items_in_batch = max(1, targets_N.shape[0])
     if isinstance(num_items_in_batch, torch.Tensor):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -23,7 +24,11 @@ def load_llm(settings: LLMSettings) -> tuple[PreTrainedModel, str]:
         CheckpointError: the folder holds no loadable causal LM.
     """
     folder = resolve(settings.name)
-    options = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
+    options: dict[str, Any] = {}
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
+    if settings.quantization is not None:
+        options["quantization_config"] = quantization_config(settings.quantization, settings.dtype)
     try:
         llm = AutoModelForCausalLM.from_pretrained(folder, dtype=settings.dtype, **options)
     except (OSError, ValueError, RuntimeError) as error:
@@ -32,6 +37,35 @@ def load_llm(settings: LLMSettings) -> tuple[PreTrainedModel, str]:
             "config and weights of a causal LM; fetch it again or check the name."
         ) from error
     return llm, asset_revision(settings.name)
+
+
+def quantization_config(name: str, dtype: str) -> Any:
+    """transformers' configuration of a quantisation.
+
+    Args:
+        name: of `LLMSettings.quantization`.
+        dtype: in which products are computed; `auto`: bfloat16.
+
+    Raises:
+        ConfigError: its library is not installed.
+    """
+    library = name.partition("-")[0]
+    if importlib.util.find_spec(library) is None:
+        raise ConfigError(
+            f"llm.quantization={name!r} needs the package {library}, which is not installed here. Install it with "
+            f"`pip install {library}`, or leave llm.quantization out."
+        )
+    if name == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    from transformers import BitsAndBytesConfig
+
+    if name == "bitsandbytes-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -87,3 +121,12 @@ def empty_llm(preset: str) -> PreTrainedModel:
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def compile_layers(llm: torch.nn.Module) -> None:
+    """Compile each layer of a Hugging Face LLM on its own: the layers share one compiled graph, which takes seconds
+    where the whole LLM takes minutes."""
+    layers = next((module for module in llm.modules() if isinstance(module, torch.nn.ModuleList)), None)
+    assert layers is not None, "a causal LM keeps its layers in a ModuleList"
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)

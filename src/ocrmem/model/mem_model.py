@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +27,7 @@ from ocrmem.config.mem import MEMConfig
 from ocrmem.encoders.base import OCREncoder
 from ocrmem.errors import ConfigError, SpliceError
 from ocrmem.model import adapter
+from ocrmem.model.chunked_loss import captured, chunked_sum
 from ocrmem.model.freeze import check_trainable, freeze
 from ocrmem.model.identity import EncoderIdentity, LLMIdentity, embedding_weight
 from ocrmem.model.label_loss import (
@@ -39,7 +41,14 @@ from ocrmem.model.label_loss import (
 from ocrmem.model.packed_attention import PACKED, packed_mask, unused_mask
 from ocrmem.model.projection import Projection
 from ocrmem.model.report import trainable_report
-from ocrmem.model.splice import check_counts, positions_after, splice, splice_at
+from ocrmem.model.splice import (
+    check_counts,
+    one_sample_each,
+    pads_only_after,
+    positions_after,
+    splice,
+    splice_at,
+)
 
 
 @dataclass
@@ -49,8 +58,8 @@ class MEMOutput(ModelOutput):
     loss: torch.Tensor | None = None
     """Mean cross entropy of the labelled positions, in nats; float32 scalar."""
     logits: torch.Tensor | None = None
-    """With labels [N, vocabulary], those of the N positions that predict one (`logit_positions`); without
-    [B, S, vocabulary], or the positions that `logits_to_keep` names."""
+    """With labels [N, vocabulary], those of the N positions that predict one (`logit_positions`), or None where they
+    are more than `loss_chunk_size`; without [B, S, vocabulary], or the positions that `logits_to_keep` names."""
     logit_positions: torch.Tensor | None = None
     """int64 [N, 2]: sample and sequence position of each row of `logits`, where labels were given."""
     past_key_values: Cache | None = None
@@ -71,6 +80,9 @@ class MEMModel(PreTrainedModel):
     Raises:
         FrozenPartError: a frozen part has active dropout, or shares parameters with the projection.
     """
+
+    loss_chunk_size: int | None
+    """Labels whose logits are there at a time, in training and evaluation; None: all, and `forward` returns them."""
 
     config_class = MEMConfig
     base_model_prefix = "base_llm_model"
@@ -110,6 +122,8 @@ class MEMModel(PreTrainedModel):
         self._no_split_modules = [*(base_llm_model._no_split_modules or ()), "Projection"]
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base_llm_model.forward).parameters
         self.cross_entropy = cross_entropy_sum
+        self.loss_chunk_size: int | None = None
+        self._plain_logits = True
         self._feature_dtype = getattr(torch, config.memory_settings.feature_dtype)
         self.position_stride = config.memory_settings.position_stride
         name = llm_name or base_llm_model.name_or_path or type(base_llm_model).__name__
@@ -252,10 +266,7 @@ class MEMModel(PreTrainedModel):
             logits = outputs.logits
         else:
             index = labelled_positions(labels, target_index)
-            with at_positions(self.get_output_embeddings(), index):
-                outputs = run_llm()
-            logits = logits_at(outputs.logits, index, shape_BS=tuple(labels.shape))
-            loss = label_loss(logits, labels, index, num_items_in_batch, self.cross_entropy, target_weights)
+            outputs, logits, loss = self._loss(run_llm, labels, index, num_items_in_batch, target_weights)
             logit_positions = torch.stack(index, dim=1)
         result = MEMOutput(
             loss=loss,
@@ -266,6 +277,42 @@ class MEMModel(PreTrainedModel):
             attentions=outputs.get("attentions"),
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _loss(
+        self,
+        run_llm: Callable[..., Any],
+        labels: torch.Tensor,
+        index: tuple[torch.Tensor, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None,
+        target_weights: torch.Tensor | None,
+    ) -> tuple[Any, torch.Tensor | None, torch.Tensor]:
+        """The LLM's outputs, the logits at the positions that predict a label, and the loss.
+
+        With more of them than `loss_chunk_size`, the logits are made in parts and not kept, unless the LLM does
+        something to its output layer's logits, which is seen the first time."""
+        output_layer, size = self.get_output_embeddings(), self.loss_chunk_size
+        if size is not None and index[0].shape[0] > size and output_layer is not None and self._plain_logits:
+            with captured(output_layer, index) as found:
+                outputs = run_llm()
+            if found.hidden_ND is not None and found.output is outputs.logits:
+                chunked = functools.partial(
+                    chunked_sum,
+                    found.hidden_ND,
+                    output_layer=output_layer,
+                    cross_entropy=self.cross_entropy,
+                    size=size,
+                )
+                return outputs, None, label_loss(chunked, labels, index, num_items_in_batch, target_weights)
+            self._plain_logits = False
+        with at_positions(output_layer, index):
+            outputs = run_llm()
+        logits = logits_at(outputs.logits, index, shape_BS=tuple(labels.shape))
+
+        def whole(targets_N: torch.Tensor, weights_N: torch.Tensor | None) -> torch.Tensor:
+            weights = () if weights_N is None else (weights_N,)
+            return self.cross_entropy(logits, targets_N.to(logits.device), *weights)
+
+        return outputs, logits, label_loss(whole, labels, index, num_items_in_batch, target_weights)
 
     def embed(
         self,
@@ -436,22 +483,6 @@ class MEMModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load an adapter folder and its frozen parts: `model.adapter.load`, whose keyword arguments it takes."""
         return adapter.load(cls, Path(pretrained_model_name_or_path), **kwargs)
-
-
-def one_sample_each(input_ids: torch.Tensor) -> torch.Tensor:
-    """attention_mask [B, S] of ones, for position_ids with jumps: without a mask and a cache, transformers takes a jump
-    for the beginning of another sample."""
-    return torch.ones_like(input_ids)
-
-
-def pads_only_after(attention_mask_BS: torch.Tensor) -> bool:
-    """Whether padding, if any, stands after the text in every row.
-
-    No causal position sees what comes after it, so such a mask changes nothing but the padded positions themselves;
-    and there it does harm: under a sliding window a padded query has no key left, for which CUDA's attention kernels
-    give gradients that are not numbers (seen with torch 2.11 on an H100). Without a mask they also run faster.
-    """
-    return bool((attention_mask_BS[:, :-1] >= attention_mask_BS[:, 1:]).all())
 
 
 def embedding_rms(llm: PreTrainedModel, *, chunk: int = 8192) -> float:

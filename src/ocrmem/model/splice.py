@@ -53,6 +53,22 @@ def positions_after(
     return taken_BS.cumsum(dim=-1) - taken_BS
 
 
+def one_sample_each(input_ids: torch.Tensor) -> torch.Tensor:
+    """attention_mask [B, S] of ones, for position_ids with jumps: without a mask and a cache, transformers takes a jump
+    for the beginning of another sample."""
+    return torch.ones_like(input_ids)
+
+
+def pads_only_after(attention_mask_BS: torch.Tensor) -> bool:
+    """Whether padding, if any, stands after the text in every row.
+
+    No causal position sees what comes after it, so such a mask changes nothing but the padded positions themselves;
+    and there it does harm: under a sliding window a padded query has no key left, for which CUDA's attention kernels
+    give gradients that are not numbers (seen with torch 2.11 on an H100). Without a mask they also run faster.
+    """
+    return bool((attention_mask_BS[:, :-1] >= attention_mask_BS[:, 1:]).all())
+
+
 def splice(
     embeds_BSD: torch.Tensor,
     placeholders_BS: torch.Tensor,

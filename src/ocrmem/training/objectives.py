@@ -20,6 +20,7 @@ from ocrmem.config.objectives import TASKS, Features, ObjectiveSettings
 from ocrmem.data.bank import Bank
 from ocrmem.errors import ConfigError
 from ocrmem.model.label_loss import cross_entropy_sum
+from ocrmem.model.llm import compile_layers
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.training.graphs import GraphedLayers
 from ocrmem.training.optimizer import MuonAdamW
@@ -302,12 +303,3 @@ def teacher_logits(model: MEMModel, inputs: dict[str, Any]) -> torch.Tensor:
     # Its loss goes nowhere; with weights it is the function that is compiled already.
     row["target_weights"] = torch.ones_like(row["target_index"], dtype=torch.float32)
     return model(**{key: row[key] for key in FORWARD_KEYS if key in row}, use_cache=False).logits
-
-
-def compile_layers(llm: torch.nn.Module) -> None:
-    """Compile each layer of a Hugging Face LLM on its own: the layers share one compiled graph, which takes seconds
-    where the whole LLM takes minutes."""
-    layers = next((module for module in llm.modules() if isinstance(module, torch.nn.ModuleList)), None)
-    assert layers is not None, "a causal LM keeps its layers in a ModuleList"
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward)

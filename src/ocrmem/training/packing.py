@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from ocrmem.config.objectives import TASKS, Features, ObjectiveSettings, Stage
 from ocrmem.data.bank import Bank
-from ocrmem.errors import ConfigError, DataError, SpliceError
+from ocrmem.data.collator import splice_index
+from ocrmem.errors import ConfigError, DataError
 from ocrmem.model.label_loss import IGNORE_INDEX
 from ocrmem.training.tasks import Sample, TaskSampler
 
@@ -245,26 +246,6 @@ def memory_part(
     elif slots:
         batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=False))
     return batch
-
-
-def splice_index(
-    input_ids: torch.Tensor, memory_token_id: int, page_num_tokens: Sequence[int], tokens_per_page: int
-) -> dict[str, torch.Tensor]:
-    """Where the placeholders of a row stand, and the memory token of each, counted here and not on the GPU.
-
-    Args:
-        tokens_per_page: V of the row's features.
-    """
-    placeholders_M = (input_ids[0] == memory_token_id).nonzero()[:, 0]
-    memory_M = np.concatenate(
-        [np.arange(number) + page * tokens_per_page for page, number in enumerate(page_num_tokens)]
-    )
-    if len(placeholders_M) != len(memory_M):
-        raise SpliceError(
-            f"a packed row has {len(placeholders_M)} placeholders (id {memory_token_id}) and {len(memory_M)} memory "
-            "tokens; the two must be equal. Is the placeholder's id also in the text of a sample?"
-        )
-    return {"placeholder_index": placeholders_M, "memory_index": torch.from_numpy(memory_M)}
 
 
 def target_weights(tasks_N: np.ndarray, shares: Mapping[str, float] | None) -> np.ndarray:

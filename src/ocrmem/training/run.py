@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch._functorch.config
 import yaml
 from transformers import TrainerCallback, set_seed
 
@@ -25,6 +27,7 @@ from ocrmem.memory.features import FeatureStore
 from ocrmem.memory.history import history_text
 from ocrmem.memory.shards import ShardFolder
 from ocrmem.model.adapter import default_card, read_manifest
+from ocrmem.model.llm import compile_layers
 from ocrmem.training.build import (
     build_dataset,
     build_eval_dataset,
@@ -116,12 +119,23 @@ def build_trainer(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] =
     model, processor = build_model(config)
     train_dataset = build_dataset(config.data.train, config.data, processor)
     log.info("training on %s", train_dataset.report)
+    model.loss_chunk_size = config.loss_chunk_size
+    if config.compile:
+        torch._functorch.config.activation_memory_budget = config.compile_memory_budget
+        compile_layers(model.base_llm_model)
     trainer = MEMTrainer(
         model,
         arguments,
         train_dataset=train_dataset,
         eval_dataset=build_eval_dataset(config, processor),
-        data_collator=MEMCollator(processor.pad_token_id),
+        data_collator=MEMCollator(
+            processor.pad_token_id,
+            pad_to_multiple_of=config.data.pad_to_multiple_of,
+            packing=config.data.packing,
+            memory_token_id=processor.memory_token_id,
+            tokens_per_page=model.ocr_embed.tokens_per_page,
+            position_stride=model.position_stride,
+        ),
         feature_store=store_of(config, processor),
         gradient_check=config.gradient_check,
         callbacks=list(callbacks),

@@ -27,7 +27,7 @@ from ocrmem.memory.features import FeatureStore, encode_pages
 from ocrmem.model.adapter import load_projection
 from ocrmem.model.freeze import check_trainable
 from ocrmem.model.mem_model import MEMModel
-from ocrmem.training.hardware import check_memory, out_of_memory_message
+from ocrmem.training.hardware import check_memory, out_of_memory
 from ocrmem.training.sharded import (
     asked_for_fsdp,
     full_optimizer_state,
@@ -180,16 +180,17 @@ class MEMTrainer(ExplainedTrainer):
         self.feature_store = feature_store
         self._feature_dtype = getattr(torch, model.config.memory_settings.feature_dtype)
 
-    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        """Trainer's; running out of memory says how much was needed and what lowers it."""
-        try:
-            return super().training_step(*arguments, **keywords)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(out_of_memory_message(error, self.args.device)) from error
-
     def check_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the gradient check runs the model on, of a batch."""
         return self._prepare_inputs(inputs)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's, with a message that says what to change where a step does not fit into memory."""
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            step = self.state.global_step + 1
+            raise TrainingError(out_of_memory(self.model, inputs, error=error, step=step)) from error
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device, its pages replaced by their features."""

@@ -1,0 +1,167 @@
+"""The kernel behind `sam_attention.kernel_attention`.
+
+FlashAttention (Dao 2023) over one window of a page, read in place. A tile of keys is `ROWS` whole rows of the window,
+each padded to `COLUMNS`, a power of two; so the column part of the bias is the same for every tile and stays in
+registers, and of the row part a tile needs one value a query for each of its rows. A global layer is one window of the
+whole page.
+
+Padding: DeepSeek-OCR pads the last windows with zeros before the linear layer that makes queries, keys and values, so
+padded positions have that layer's bias as key and value, and are attended to like all others.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton  # pyright: ignore[reportMissingImports] - comes with torch for GPUs, on Linux
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+LOG2_E = 1.4426950408889634
+LOG2 = tl.constexpr(LOG2_E)
+"""Scores are in base 2, whose exponential is the fast one."""
+MIN_TILE = 64
+"""Keys of a tile: rows are joined until there are as many."""
+MIN_PRODUCT = 16
+"""Side of the smallest product that tensor cores do."""
+CONFIGS = [
+    triton.Config({"BLOCK_Q": block}, num_warps=warps, num_stages=stages, maxnreg=registers)
+    for block, warps, stages, registers in (
+        (128, 8, 3, None), (128, 8, 2, None), (128, 8, 2, 128), (64, 4, 3, None), (64, 4, 2, None), (64, 4, 1, None),
+    )
+]  # fmt: skip
+"""Queries of a tile, warps, pipeline stages and registers that are tried at the first use; the fastest stays."""
+
+
+@triton.autotune(
+    CONFIGS[:1] if os.environ.get("TRITON_INTERPRET") == "1" else CONFIGS,
+    key=["height", "width", "WINDOW_W", "HEAD"],
+)
+@triton.jit
+def _kernel(
+    qkv, qkv_bias, bias_h, bias_w, out, height, width, windows_across, num_windows, scale,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """WHOLE: tiles and windows fill the page exactly, so that no key needs a mask."""
+    NUM_BLOCKS: tl.constexpr = (WINDOW_H * WINDOW_W + BLOCK_Q - 1) // BLOCK_Q
+    block, group = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS
+    head, window = group % HEADS, (group // HEADS) % num_windows
+    page = (group // HEADS // num_windows).to(tl.int64)
+    top, left = (window // windows_across) * WINDOW_H, (window % windows_across) * WINDOW_W
+    row_stride = 3 * HEADS * HEAD
+    channel = tl.arange(0, HEAD)
+
+    place_q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    y, x = top + place_q // WINDOW_W, left + place_q % WINDOW_W
+    valid = (place_q < WINDOW_H * WINDOW_W) & (y < height) & (x < width)
+    position = y * width + x
+    page_qkv = qkv + page * height * width * row_stride + head * HEAD
+    query = tl.load(page_qkv + position[:, None] * row_stride + channel[None, :], mask=valid[:, None], other=0.0)
+
+    BLOCK_K: tl.constexpr = ROWS * COLUMNS
+    place_k = tl.arange(0, BLOCK_K)
+    row, column = place_k // COLUMNS, place_k % COLUMNS
+    page_head = page * HEADS + head
+    across = tl.load(
+        bias_w + (page_head * height * width + position[:, None]) * WINDOW_W + column[None, :],
+        mask=valid[:, None] & (column < WINDOW_W)[None, :],
+        other=0.0,
+    ).to(tl.float32) * LOG2  # fmt: skip
+    down = bias_h + page_head * WINDOW_H * height * width + position
+
+    top_score = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    result = tl.zeros([BLOCK_Q, HEAD], tl.float32)
+    for first in range(0, WINDOW_H, ROWS):
+        key_y, key_x = top + first + row, left + column
+        keys = page_qkv + (key_y * width + key_x)[:, None] * row_stride + channel[None, :]
+        if WHOLE:
+            key = tl.load(keys + HEADS * HEAD)
+            value = tl.load(keys + 2 * HEADS * HEAD)
+        else:
+            real = (first + row < WINDOW_H) & (column < WINDOW_W) & (key_y < height) & (key_x < width)
+            key_bias = tl.load(qkv_bias + (HEADS + head) * HEAD + channel)
+            value_bias = tl.load(qkv_bias + (2 * HEADS + head) * HEAD + channel)
+            key = tl.load(keys + HEADS * HEAD, mask=real[:, None], other=0.0)
+            value = tl.load(keys + 2 * HEADS * HEAD, mask=real[:, None], other=0.0)
+            key = tl.where(real[:, None], key, key_bias[None, :])
+            value = tl.where(real[:, None], value, value_bias[None, :])
+        if ROWS == 1:
+            down_row = tl.load(down + first * height * width, mask=valid, other=0.0).to(tl.float32) * LOG2
+            bias = across + down_row[:, None]
+        else:
+            tile = tl.load(
+                down[:, None] + (first + row)[None, :] * height * width,
+                mask=valid[:, None] & (first + row < WINDOW_H)[None, :],
+                other=0.0,
+            )
+            bias = across + tile.to(tl.float32) * LOG2
+        score = tl.dot(query, tl.trans(key)) * scale + bias
+        if not WHOLE:
+            inside = (first + row < WINDOW_H) & (column < WINDOW_W)
+            score = tl.where(inside[None, :], score, float("-inf"))
+        new_top = tl.maximum(top_score, tl.max(score, 1))
+        weight = tl.exp2(score - new_top[:, None])
+        shrink = tl.exp2(top_score - new_top)
+        total = total * shrink + tl.sum(weight, 1)
+        result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
+        top_score = new_top
+    result = result / total[:, None]
+    target = out + ((page * height * width + position[:, None]) * HEADS + head) * HEAD + channel[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), mask=valid[:, None])
+
+
+@torch.library.custom_op("ocrmem::windowed_attention", mutates_args=())
+def windowed_attention(
+    qkv_PHW3: torch.Tensor,
+    qkv_bias: torch.Tensor,
+    bias_h: torch.Tensor,
+    bias_w: torch.Tensor,
+    num_heads: int,
+    window_h: int,
+    window_w: int,
+) -> torch.Tensor:
+    """Attention within windows that lie in place; see `sam_attention.kernel_attention`.
+
+    Args:
+        bias_h: [P, heads, window rows, h, w], contiguous: for each row of keys, of each query.
+        bias_w: [P, heads, h, w, window columns], contiguous.
+
+    Returns:
+        [P, h, w, heads · c].
+    """
+    qkv_PHW3 = qkv_PHW3.contiguous()
+    pages, height, width, channels = qkv_PHW3.shape
+    head = channels // (3 * num_heads)
+    out = qkv_PHW3.new_empty(pages, height, width, num_heads * head)
+    across, down = -(-width // window_w), -(-height // window_h)
+    groups = pages * across * down * num_heads
+    with torch.cuda.device_of(qkv_PHW3):
+        _kernel[lambda meta: (triton.cdiv(window_h * window_w, meta["BLOCK_Q"]) * groups,)](  # pyright: ignore
+            qkv_PHW3, qkv_bias, bias_h, bias_w, out, height, width, across, across * down, head**-0.5 * LOG2_E,
+            HEADS=num_heads, HEAD=head, **tiles(height, width, (window_h, window_w)),
+        )  # fmt: skip
+    return out
+
+
+@windowed_attention.register_fake
+def _(
+    qkv_PHW3: torch.Tensor,
+    qkv_bias: torch.Tensor,
+    bias_h: torch.Tensor,
+    bias_w: torch.Tensor,
+    num_heads: int,
+    window_h: int,
+    window_w: int,
+) -> torch.Tensor:
+    return qkv_PHW3.new_empty(*qkv_PHW3.shape[:3], qkv_PHW3.shape[3] // 3)
+
+
+def tiles(height: int, width: int, window: tuple[int, int]) -> dict[str, int | bool]:
+    """The kernel's sizes for a page of `height` × `width` positions that do not depend on the GPU."""
+    rows, columns = window
+    padded = triton.next_power_of_2(columns)
+    joined = max(1, min(MIN_TILE // padded, triton.next_power_of_2(rows)), MIN_PRODUCT // padded)
+    whole = padded == columns and rows % joined == 0 and height % rows == 0 and width % columns == 0
+    return {"WINDOW_H": rows, "WINDOW_W": columns, "COLUMNS": padded, "ROWS": joined, "WHOLE": whole}
