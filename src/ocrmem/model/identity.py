@@ -114,3 +114,20 @@ def _check_equal(
 def from_config(cls: Any, values: dict[str, Any] | None, *, where: str) -> Any:
     """An identity from an adapter's `config.json`."""
     return from_mapping(cls, values or {}, where=where)
+
+
+def embedding_rms(llm: PreTrainedModel, *, chunk: int = 8192) -> float:
+    """Root mean square of what the embedding layer gives over its vocabulary; 1.0 on the meta device.
+
+    The layer is run, not its weight read, because some (Gemma's) scale their output.
+    """
+    embedding, weight = llm.get_input_embeddings(), embedding_weight(llm)
+    if weight.is_meta:
+        return 1.0
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids in torch.arange(weight.shape[0], device=weight.device).split(chunk):
+            embeds = embedding(ids).float()
+            total += float(embeds.square().sum(dtype=torch.float64))
+            count += embeds.numel()
+    return (total / count) ** 0.5

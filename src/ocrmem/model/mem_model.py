@@ -29,7 +29,7 @@ from ocrmem.errors import ConfigError, SpliceError
 from ocrmem.model import adapter
 from ocrmem.model.chunked_loss import captured, chunked_sum
 from ocrmem.model.freeze import check_trainable, freeze
-from ocrmem.model.identity import EncoderIdentity, LLMIdentity, embedding_weight
+from ocrmem.model.identity import EncoderIdentity, LLMIdentity, embedding_rms, embedding_weight
 from ocrmem.model.label_loss import (
     at_positions,
     cross_entropy_sum,
@@ -483,20 +483,3 @@ class MEMModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load an adapter folder and its frozen parts: `model.adapter.load`, whose keyword arguments it takes."""
         return adapter.load(cls, Path(pretrained_model_name_or_path), **kwargs)
-
-
-def embedding_rms(llm: PreTrainedModel, *, chunk: int = 8192) -> float:
-    """Root mean square of what the embedding layer gives over its vocabulary; 1.0 on the meta device.
-
-    The layer is run, not its weight read, because some (Gemma's) scale their output.
-    """
-    embedding, weight = llm.get_input_embeddings(), embedding_weight(llm)
-    if weight.is_meta:
-        return 1.0
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for ids in torch.arange(weight.shape[0], device=weight.device).split(chunk):
-            embeds = embedding(ids).float()
-            total += float(embeds.square().sum(dtype=torch.float64))
-            count += embeds.numel()
-    return (total / count) ** 0.5
