@@ -132,6 +132,11 @@ def optimizer_groups(optimizer: Any, proj: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+def asked_for_deepspeed() -> bool:
+    """Whether the launcher asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 def asked_for_fsdp() -> bool:
     """Whether the launcher was told to shard with FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

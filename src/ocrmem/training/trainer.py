@@ -10,6 +10,7 @@ import copy
 import gc
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from ocrmem.model.freeze import check_trainable
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.training.hardware import check_memory, out_of_memory
 from ocrmem.training.sharded import (
+    asked_for_deepspeed,
     asked_for_fsdp,
     full_optimizer_state,
     full_weights,
@@ -152,7 +154,8 @@ class MEMTrainer(ExplainedTrainer):
                 "show the process one GPU with CUDA_VISIBLE_DEVICES=0."
             )
         check_trainable(model, proj=model.proj)
-        check_memory(model, args.device, shares=args.world_size if asked_for_fsdp() else 1)
+        if not asked_for_deepspeed():  # whose stage is known below, and which moves no weight before it is
+            check_memory(model, args.device, shares=args.world_size if asked_for_fsdp() else 1)
         args = copy.copy(args)
         args.remove_unused_columns = False
         super().__init__(
@@ -163,6 +166,9 @@ class MEMTrainer(ExplainedTrainer):
             data_collator=data_collator,
             callbacks=[StopOnNonFinite(), *(callbacks or [])],
         )
+        if self.is_deepspeed_enabled:
+            plugin: Any = self.accelerator.state.deepspeed_plugin
+            check_memory(model, args.device, shares=args.world_size if plugin.zero_stage == 3 else 1)
         if asked_for_fsdp() and not self.is_fsdp_enabled:
             log.warning(
                 "the launcher asks for FSDP, but accelerate shards on accelerators only; on %s every process holds the "
@@ -171,7 +177,7 @@ class MEMTrainer(ExplainedTrainer):
             )
         if self.is_fsdp_enabled:
             # It runs before the step, outside the model's forward, in which alone FSDP gathers weights.
-            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin = self.accelerator.state.fsdp_plugin
             plugin.ignored_modules = [model.ocr_embed]
             model.ocr_embed.to(args.device)  # pyright: ignore[reportCallIssue]
         self.gradient_flow = GradientFlowCallback("proj", mode=gradient_check, prepare=self.check_inputs)
@@ -351,8 +357,11 @@ def leave_process_group() -> None:
 
     A model wrapped in DistributedDataParallel holds the process group, and a trainer sits in reference cycles, so
     `destroy_process_group` alone leaves gloo's threads running. One that lets go of a tensor while Python shuts down
-    aborts the process: "terminate called without an active exception". Collecting the trainer ends them first.
+    aborts the process: "terminate called without an active exception". Collecting the trainer ends them first. Where
+    somebody else holds the group (DeepSpeed, imported later than the group was made, has it in default arguments),
+    they get the time to let go.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         gc.collect()
+        time.sleep(0.1)  # without the GIL
