@@ -28,7 +28,10 @@ import numpy as np
 from PIL import ImageOps
 
 from ocrmem.assets.fetch import resolve
+from ocrmem.config.encoder import EncoderSettings
 from ocrmem.config.render import PP_OCR_PAGE, RenderSettings
+from ocrmem.encoders.registry import build_encoder
+from ocrmem.memory.growing_pages import GrowingPages
 from ocrmem.memory.pages import HistoryPages
 from ocrmem.render import native
 from ocrmem.render.fonts import font_path
@@ -203,7 +206,34 @@ def appending(runs: int) -> dict:
         renderer.pages(hundred[pages[-1].text_start :])
         last.append(time.perf_counter() - started)
     values = {"all_pages": whole, "one_line_more": more, "last_page_alone": last}
-    return {"pages": len(pages), **{f"{name}_ms": round(1e3 * statistics.median(t), 3) for name, t in values.items()}}
+    return {"pages": len(pages), **medians(values)}
+
+
+def growing(runs: int) -> dict:
+    """The same in a memory of 100 pages, which is told what is new and never sees the whole text again."""
+    encoder = build_encoder(EncoderSettings())
+    renderer, text = Renderer(encoder.page), english()
+    while len(renderer.pages(text)) < 100:
+        text += text
+    hundred = text[: renderer.pages(text)[99].text_end - 200]
+    more, last = [], []
+    for number in range(runs):
+        budget = 200 * encoder.tokens_per_page
+        pages = GrowingPages(encoder, densities=[1.0], budget=budget, page_key=lambda text, identity: text)
+        pages.append(hundred)
+        started = time.perf_counter()
+        pages.append(f"one more line, number {number}\n")
+        more.append(time.perf_counter() - started)
+        tail = pages.pages[-1].text
+        started = time.perf_counter()
+        renderer.pages(tail)
+        last.append(time.perf_counter() - started)
+    return {"pages": len(pages.pages), **medians({"one_line_more": more, "last_page_alone": last})}
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Milliseconds by name."""
+    return {f"{name}_ms": round(1e3 * statistics.median(values), 3) for name, values in seconds.items()}
 
 
 def main() -> None:
@@ -241,6 +271,7 @@ def main() -> None:
             [rate(lambda: sum(1 for _ in renderer.iter_pages(text)), seconds=SECONDS) for _ in range(options.runs)]
         ),
         "appending": appending(options.runs),
+        "growing": growing(options.runs),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
