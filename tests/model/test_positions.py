@@ -77,7 +77,7 @@ def test_a_packed_row_is_its_samples():
     model = strided(attn_implementation="packed")
     samples = [tiny_batch(((21, 7),), text=(5,), seed=1), tiny_batch(((14,),), text=(6,), seed=2)]
     pieces = [(s["input_ids"][0].numpy(), (s["labels"][0] != -100).numpy()) for s in samples]
-    row = _row(pieces, 64, 0, stride_of={PLACEHOLDER: STRIDE})
+    row = _row(pieces, 64, 0, memory_token_id=PLACEHOLDER, position_stride=STRIDE)
     packed = {key: row[key] for key in ("input_ids", "labels", "position_ids", "cu_seq_lens_q", "max_length_q")}
     memory = {
         "pages": torch.cat([s["pages"] for s in samples]),

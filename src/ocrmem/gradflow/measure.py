@@ -108,13 +108,16 @@ def plain_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
+def inner_optimizer(optimizer: Any, package: str) -> Any:
+    """The optimizer whose class comes from `package`, or None: the given one, or one inside its wrappers."""
+    while optimizer is not None and not f"{type(optimizer).__module__}.".startswith(f"{package}."):
+        optimizer = vars(optimizer).get("optimizer")
+    return optimizer
+
+
 def is_deepspeed(optimizer: Any) -> bool:
     """Whether an optimizer is one of DeepSpeed's, inside accelerate's wrapper or not."""
-    while optimizer is not None:
-        if type(optimizer).__module__.startswith("deepspeed."):
-            return True
-        optimizer = vars(optimizer).get("optimizer")
-    return False
+    return inner_optimizer(optimizer, "deepspeed") is not None
 
 
 def held_by_zero(tensor: torch.Tensor) -> bool:

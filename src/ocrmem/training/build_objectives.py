@@ -181,8 +181,14 @@ def evaluation_rows(by_pieces: dict[int, TaskSampler], rows: PackedRows) -> dict
         for task in share_of(stage.tasks)[0]:
             if task != "reconstruction":
                 wanted[task] = (task, stage.pieces or whole, stage)
-    packed = PackedRows(by_pieces, rows.settings, seed=0, rows_per_step=1, pad_token_id=rows.pad_token_id)
-    packed.position_stride = rows.position_stride
+    packed = PackedRows(
+        by_pieces,
+        rows.settings,
+        seed=0,
+        rows_per_step=1,
+        pad_token_id=rows.pad_token_id,
+        position_stride=rows.position_stride,
+    )
     result: dict[str, list[dict[str, Any]]] = {}
     for name, (task, pieces, stage) in wanted.items():
         found = _held_out_rows(by_pieces[pieces], packed, task, pieces, stage)

@@ -18,6 +18,7 @@ from ocrmem.data.bank import Bank
 from ocrmem.data.collator import splice_index
 from ocrmem.errors import ConfigError, DataError
 from ocrmem.model.label_loss import IGNORE_INDEX
+from ocrmem.model.splice import positions_after
 from ocrmem.training.tasks import Sample, TaskSampler
 
 TOKENS_PER_SLOT = 8
@@ -191,7 +192,8 @@ def pack(
         [(sample.input_ids_T, sample.labelled_T) for sample in samples],
         length,
         pad_token_id,
-        stride_of={memory_token_id: position_stride},
+        memory_token_id=memory_token_id,
+        position_stride=position_stride,
     )
     memory = memory_part([sample.units for sample in samples], bank, features=features, pieces=pieces)
     tokens, width = memory["page_num_tokens"].tolist(), memory["units"].shape[1]
@@ -209,7 +211,7 @@ def pack(
             [(s.teacher_ids_T, s.teacher_labelled_T) for s in distilled],  # pyright: ignore
             teacher_length(length),
             pad_token_id,
-            stride_of={},
+            memory_token_id=memory_token_id,
         )
         batch.update({f"teacher_{name}": value for name, value in teacher.items()})
         taught = [np.full(int(s.labelled_T[1:].sum()), s.teacher_ids_T is not None) for s in samples]
@@ -260,7 +262,12 @@ def target_weights(tasks_N: np.ndarray, shares: Mapping[str, float] | None) -> n
 
 
 def _row(
-    pieces: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad_token_id: int, *, stride_of: Mapping[int, int]
+    pieces: Sequence[tuple[np.ndarray, np.ndarray]],
+    length: int,
+    pad_token_id: int,
+    *,
+    memory_token_id: int,
+    position_stride: int = 1,
 ) -> dict[str, Any]:
     input_ids = np.full(length, pad_token_id, dtype=np.int64)
     labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
@@ -270,10 +277,7 @@ def _row(
         begin, end = edges[-1], edges[-1] + len(ids_T)
         input_ids[begin:end] = ids_T
         labels[begin:end][labelled_T] = ids_T[labelled_T]
-        taken_T = np.ones(len(ids_T), dtype=np.int64)
-        for token, stride in stride_of.items():
-            taken_T[ids_T == token] = stride
-        positions[begin:end] = taken_T.cumsum() - taken_T
+        positions[begin:end] = positions_after(torch.from_numpy(ids_T == memory_token_id), position_stride).numpy()
         edges.append(end)
     if edges[-1] < length:  # what is left over is a sample of its own, without labels
         positions[edges[-1] :] = np.arange(length - edges[-1])

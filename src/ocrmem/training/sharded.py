@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ocrmem.errors import CheckpointError
+from ocrmem.gradflow.measure import inner_optimizer
 
 
 def full_weights(proj: nn.Module) -> dict[str, torch.Tensor]:
@@ -48,7 +49,7 @@ def load_weights(proj: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 def full_optimizer_state(optimizer: Any, proj: nn.Module) -> dict[str, Any]:
     """The optimizer's state as `torch.optim.Optimizer.state_dict` gives it in one process."""
     inner = _innermost(optimizer)
-    if not is_zero(optimizer):
+    if _zero(optimizer) is None:
         state = inner.state_dict()
         state["state"] = {
             index: {key: _whole(value) for key, value in values.items()} for index, values in state["state"].items()
@@ -63,7 +64,7 @@ def full_optimizer_state(optimizer: Any, proj: nn.Module) -> dict[str, Any]:
     for group in optimizer_groups(optimizer, proj):
         indices = []
         for parameter in group["params"]:
-            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+            moments: dict[str, Any] = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
             if moments and all(value is not None for value in moments.values()):
                 state[index] = {key: value.detach().cpu() for key, value in moments.items()}
                 state[index]["step"] = torch.tensor(_zero_step(inner))
@@ -88,7 +89,7 @@ def load_optimizer_state(optimizer: Any, proj: nn.Module, state: dict[str, Any])
             "optimizer or projection. Set training.optim and optimizer back, or give another output_dir."
         )
     parameters = [parameter for group in groups for parameter in group["params"]]
-    if is_zero(optimizer):
+    if _zero(optimizer) is not None:
         from deepspeed.utils import safe_set_full_optimizer_state  # pyright: ignore[reportMissingImports]
 
         _make_zero_state(_zero(optimizer), inner, state["state"])
@@ -106,19 +107,10 @@ def load_optimizer_state(optimizer: Any, proj: nn.Module, state: dict[str, Any])
     inner.load_state_dict({**state, "state": shares})
 
 
-def is_zero(optimizer: Any) -> bool:
-    """Whether the optimizer is DeepSpeed's, inside accelerate's wrapper or not."""
-    while optimizer is not None:
-        if type(optimizer).__module__.startswith("deepspeed.runtime.zero"):
-            return True
-        optimizer = vars(optimizer).get("optimizer")
-    return False
-
-
 def optimizer_groups(optimizer: Any, proj: nn.Module) -> list[dict[str, Any]]:
     """The optimizer's groups with the model's own parameters; ZeRO keeps them beside its flat ones."""
     inner = _innermost(optimizer)
-    if not is_zero(optimizer):
+    if _zero(optimizer) is None:
         return inner.param_groups
     zero = _zero(optimizer)
     own = getattr(zero, "bit16_groups", None) or getattr(zero, "fp16_groups", None) or []
@@ -185,10 +177,8 @@ def _set_master_weights(parameters: Mapping[str, torch.Tensor], weights: Mapping
 
 
 def _zero(optimizer: Any) -> Any:
-    """DeepSpeed's own optimizer inside accelerate's wrapper."""
-    while not type(optimizer).__module__.startswith("deepspeed.runtime.zero"):
-        optimizer = optimizer.optimizer
-    return optimizer
+    """ZeRO's own optimizer inside accelerate's wrapper; None where there is none."""
+    return inner_optimizer(optimizer, "deepspeed.runtime.zero")
 
 
 def _link_zero_state(zero: Any) -> None:
