@@ -4,8 +4,7 @@
     python benchmarks/fidelity.py --gpus 2 --only 2x-mean-pooling 2x-convolution eval-2x
     python benchmarks/fidelity.py --list                        # the jobs, and the command of each
 
-A memory and its rivals are trained in two pieces: `…-first` by the config of their ratio, then on from there by
-`…-more.yaml`.
+The memory and the rivals of 4x go on from those of 2x.
 
 A job runs as a process of its own on the next free GPU. Without `--only`, a job whose output is there already is left
 out; a training that was stopped goes on where it was. Training logs go to `results/training` and `results/ablation`,
@@ -37,13 +36,15 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no-warm-start": ("objectives.warm_start_steps=0",),
     "no-gain": ("projection.gain=false",),
     "no-merge": ("projection.merge=false",),
+    "no-merged-layers": ("projection.merged_layers=0",),
+    "no-noise": ("noise=0",),
     "adamw": ("optimizer=null", "training.learning_rate=1.0e-3"),
     "no-distillation": ("distillation=0",),
     "reconstruction-alone": ("tasks=reconstruction",),
     "no-curriculum": ("stages=last",),
 }
-"""What is left out, as overrides of the 2x config; `distillation`, `tasks` and `stages` change the curriculum."""
-CURRICULUM = ("distillation", "tasks", "stages")
+"""What is left out, as overrides of the 2x config; `distillation`, `noise`, `tasks` and `stages` change the curriculum."""
+CURRICULUM = ("distillation", "noise", "tasks", "stages")
 ABLATION_SCALE = 0.2
 """Steps of an ablation, as a share of the whole recipe's."""
 
@@ -62,14 +63,13 @@ class Job:
     """Where what it prints is kept, with the command: a training's log."""
 
 
-def train_job(name: str, ratio: str, overrides: tuple[str, ...], log: Path, *, more: str | None = None) -> Job:
-    """A training by the config of a ratio; by that of its second piece, from the adapter of the job `more`, if
-    given."""
-    config = f"configs/smollm2-pp-ocr-{ratio}{'' if more is None else '-more'}.yaml"
-    start = () if more is None else (f"adapter=runs/{more}/adapter",)
-    command = ("train", config, f"output_dir=runs/{name}", *start, *overrides, "training.disable_tqdm=true", "--json")
+def train_job(name: str, ratio: str, overrides: tuple[str, ...], log: Path, *, start: str | None = None) -> Job:
+    """A training by the config of a ratio, from the adapter of the job `start` if given."""
+    config = f"configs/smollm2-pp-ocr-{ratio}.yaml"
+    begin = () if start is None else (f"adapter=runs/{start}/adapter",)
+    command = ("train", config, f"output_dir=runs/{name}", *begin, *overrides, "training.disable_tqdm=true", "--json")
     output = Path("runs") / name / "adapter" / "adapter.safetensors"
-    return Job(name, command, output, after=() if more is None else (more,), log=log / f"{name}.json")
+    return Job(name, command, output, after=() if start is None else (start,), log=log / f"{name}.json")
 
 
 def shorter(ratio: str, overrides: tuple[str, ...], scale: float) -> tuple[str, ...]:
@@ -85,6 +85,8 @@ def shorter(ratio: str, overrides: tuple[str, ...], scale: float) -> tuple[str, 
         stage["steps"] = max(1, round(stage["steps"] * scale))
         if "distillation=0" in overrides:
             stage["distillation"] = 0.0
+        if "noise=0" in overrides:
+            stage["noise"] = 0.0
         if "tasks=reconstruction" in overrides:
             stage["tasks"] = {"reconstruction": 1.0}
     warm = [f"objectives.warm_start_steps={round(config.objectives.warm_start_steps * scale)}"]
@@ -97,17 +99,17 @@ def all_jobs(rival_scale: float = 1.0) -> list[Job]:
     """Every job, in the order in which it is best begun.
 
     Args:
-        rival_scale: steps of a rival's first piece, as a share of the memory's.
+        rival_scale: steps of a rival, as a share of the memory's.
     """
     training, ablation = Path("results/training"), Path("results/ablation")
     jobs = []
     for features in ("ocr", *RIVALS):
         for ratio in RATIOS:
-            name = f"smollm2-pp-ocr-{ratio}" if features == "ocr" else f"{ratio}-{features}"
+            name, before = (job_name(features, which) for which in (ratio, RATIOS[0]))
             overrides = () if features == "ocr" else (f"objectives.features={features}",)
             cut = () if features == "ocr" or rival_scale == 1 else shorter(ratio, (), rival_scale)
-            jobs.append(train_job(f"{name}-first", ratio, (*overrides, *cut), training))
-            jobs.append(train_job(name, ratio, overrides, training, more=f"{name}-first"))
+            start = None if ratio == RATIOS[0] else before
+            jobs.append(train_job(name, ratio, (*overrides, *cut), training, start=start))
     for ratio in RATIOS:
         name = f"smollm2-pp-ocr-{ratio}"
         shipped = Path("adapters") / name
@@ -122,6 +124,11 @@ def all_jobs(rival_scale: float = 1.0) -> list[Job]:
         for name, overrides in ABLATIONS.items()
     ]
     return jobs
+
+
+def job_name(features: str, ratio: str) -> str:
+    """Of a training."""
+    return f"smollm2-pp-ocr-{ratio}" if features == "ocr" else f"{ratio}-{features}"
 
 
 def run(job: Job, gpu: int) -> bool:
@@ -152,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="names of jobs; without it, all")
-    parser.add_argument("--rival-scale", type=float, default=1.0, help="share of the steps of the rivals' first piece")
+    parser.add_argument("--rival-scale", type=float, default=1.0, help="share of the steps of the rivals")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     jobs = all_jobs(options.rival_scale)

@@ -30,18 +30,19 @@ def test_trainings_of_the_results_page_have_the_recipe_and_ablations_leave_somet
         return configs
 
     configs, halved = trainings(), trainings(rival_scale=0.5)
-    for piece in ("-first", ""):
-        memory = configs[f"smollm2-pp-ocr-2x{piece}"]
+    for ratio in ("2x", "4x"):
+        memory = configs[f"smollm2-pp-ocr-{ratio}"]
         for kind in fidelity["RIVALS"]:
-            rival = configs[f"2x-{kind}{piece}"]
+            rival = configs[f"{ratio}-{kind}"]
+            assert rival.adapter == (f"runs/2x-{kind}/adapter" if ratio == "4x" else None)
             assert rival.objectives.features == kind
             assert rival.objectives.stages == memory.objectives.stages
             assert rival.projection == memory.projection
             assert rival.training == memory.training
-    steps = configs["2x-mean-pooling-first"].objectives.total_steps
-    assert halved["2x-mean-pooling-first"].objectives.total_steps == pytest.approx(steps / 2, abs=3)
+    steps = configs["2x-mean-pooling"].objectives.total_steps
+    assert halved["2x-mean-pooling"].objectives.total_steps == pytest.approx(steps / 2, abs=3)
     assert halved["smollm2-pp-ocr-2x"] == configs["smollm2-pp-ocr-2x"]
-    memory, whole = configs["smollm2-pp-ocr-2x-first"], configs["ablation-full-recipe"]
+    memory, whole = configs["smollm2-pp-ocr-2x"], configs["ablation-full-recipe"]
     scale = fidelity["ABLATION_SCALE"]
     assert whole.objectives.total_steps == pytest.approx(scale * memory.objectives.total_steps, abs=3)
     ablations = [name for name in configs if name.startswith("ablation-")]

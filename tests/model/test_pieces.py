@@ -50,11 +50,34 @@ def test_every_piece_goes_through_its_own_matrix():
     torch.testing.assert_close(after[0, 1:], expected[0, 1:])
 
 
+def test_merged_layers_attend_over_whole_memory_tokens_in_use():
+    proj = projection(pieces=2, merge=True, merged_layers=2)
+    features_PVE, used = torch.randn(2, 5, 12), torch.tensor([5, 3])
+    memory_PVD = proj(features_PVE, used)
+    assert memory_PVD.shape == (2, 5, 8)
+    before = proj.merged
+    proj.merged = None
+    pieces_PVD = proj.attention(
+        proj.linear2(torch.nn.functional.gelu(proj.linear1(features_PVE.reshape(2, 10, 6)))), used * 2
+    )
+    assert not torch.allclose(proj(features_PVE, used), memory_PVD)
+    expected = before(proj._one_of(pieces_PVD, 2), used)
+    torch.testing.assert_close(memory_PVD, torch.nn.functional.rms_norm(expected, (8,), eps=1e-6) * 0.1)
+    proj.merged = before
+    changed = features_PVE.clone()
+    changed[1, 3:] += 1  # not in use on the second page
+    torch.testing.assert_close(proj(changed, used)[1, :3], memory_PVD[1, :3])
+    with pytest.raises(ConfigError, match="merged_layers=1 needs kind 'attention'"):
+        ProjectionSettings(merged_layers=1)
+    with pytest.raises(ConfigError, match="merged_layers=-1: expected 0 or more"):
+        ProjectionSettings(kind="attention", merged_layers=-1)
+
+
 def test_more_pieces_than_the_projection_has_are_refused():
     with pytest.raises(
         SpliceError, match="features of 8 pieces to a memory token, expected projection.pieces=4 at most"
     ):
-        projection(pieces=4, merge=True)._merged(torch.randn(1, 16, 8), 8)
+        projection(pieces=4, merge=True)._one_of(torch.randn(1, 16, 8), 8)
 
 
 def test_only_the_distance_between_pieces_counts():

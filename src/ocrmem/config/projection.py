@@ -27,6 +27,8 @@ class ProjectionSettings:
     merge: bool = False
     """How the pieces become one memory token: added up, each through a matrix of its own, or (false) the last stands
     for all, with what attention brought it of the others."""
+    merged_layers: int = 0
+    """Attention layers over the memory tokens, after their pieces have become one (kind `attention` alone)."""
     gain: bool = False
     """Learn the size of each dimension of the memory tokens, from that of the LLM's embeddings on; otherwise every
     token has the RMS of the LLM's embeddings."""
@@ -40,6 +42,10 @@ class ProjectionSettings:
             raise ConfigError(f"projection pieces={self.pieces} needs kind 'attention'; kind is {self.kind!r}.")
         if self.merge and self.pieces == 1:
             raise ConfigError("projection merge=true needs pieces of 2 or more; pieces is 1.")
+        if self.merged_layers and self.kind != "attention":
+            raise ConfigError(f"projection merged_layers={self.merged_layers} needs kind 'attention'.")
+        if self.merged_layers < 0:
+            raise ConfigError(f"projection setting merged_layers={self.merged_layers}: expected 0 or more.")
         for name in ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "pieces"):
             value = getattr(self, name)
             if value is not None and value < 1:

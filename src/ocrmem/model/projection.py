@@ -1,8 +1,9 @@
 """The projection: the only part that learns.
 
 ```
-features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬──────────────────────┬─▶ merge ─▶ RMS of text ─▶ memory_PVD
-                                                       └─▶ attention over them ┘
+features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬──────────────────────┬─▶ merge ─┬──────────────────────┬─▶
+                                                       └─▶ attention over them ┘          └─▶ attention over them ┘
+             ─▶ RMS of text ─▶ memory_PVD
 ```
 
 With `merge`, a memory token is the sum of its pieces, each through a matrix of its own: the last starts as it is and
@@ -78,6 +79,14 @@ class Projection(nn.Module):
         for number, matrix in enumerate(matrices):
             (nn.init.zeros_ if number else nn.init.eye_)(matrix.weight)
         self.merge = nn.ModuleList(matrices)
+        self.merged: PageAttention | None = None
+        if settings.merged_layers:
+            self.merged = PageAttention(
+                embedding_width,
+                num_layers=settings.merged_layers,
+                num_heads=settings.num_heads,
+                mlp_ratio=settings.mlp_ratio,
+            )
         self.gain_D = nn.Parameter(torch.ones(embedding_width, dtype=torch.float32)) if settings.gain else None
         self.register_buffer("embedding_rms", torch.tensor(embedding_rms, dtype=torch.float32))
 
@@ -101,11 +110,13 @@ class Projection(nn.Module):
             memory_PVD = self.linear2(F.gelu(self.linear1(cut)))
             if self.attention is not None:
                 memory_PVD = self.attention(memory_PVD, used_P)
-            memory_PVD = self._merged(memory_PVD, pieces)
+            memory_PVD = self._one_of(memory_PVD, pieces)
+            if self.merged is not None:
+                memory_PVD = self.merged(memory_PVD, page_num_tokens_P)
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
         return normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
 
-    def _merged(self, pieces_PVD: torch.Tensor, pieces: int) -> torch.Tensor:
+    def _one_of(self, pieces_PVD: torch.Tensor, pieces: int) -> torch.Tensor:
         """Every `pieces` neighbours as one, by `ProjectionSettings.merge`; the first matrix is the last piece's."""
         if not self.merge:
             return pieces_PVD[:, pieces - 1 :: pieces]

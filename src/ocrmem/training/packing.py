@@ -6,6 +6,7 @@ any number of loader processes draws the same ones.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ TOKENS_PER_SLOT = 8
 TOKENS_PER_PIECE = 2
 """The same for one piece, where a convolution has several to a memory token. It does not depend on their number, so
 that a rival of more pieces goes on from one of fewer, as a memory does."""
+LONGEST_RUN = 8
+"""Wrong tokens of `Stage.noise` come in runs of 1 to so many."""
 TOO_LONG = 3
 """Samples that may fail to fit before a row is closed."""
 TEACHER_LENGTH = (4, 2048)
@@ -69,6 +72,8 @@ class PackedRows(Dataset[dict[str, Any]]):
         if stage is None:
             return self._memory_alone(sampler, rng, drawn, pieces)
         samples = fill(lambda: sampler.sample(rng, drawn), self.settings.packed_length)
+        if stage.noise:
+            samples = [led_astray(sample, stage.noise, rng) for sample in samples]
         batch = self.pack(samples, pieces, shares=drawn.tasks)
         batch["distillation"] = stage.distillation
         return batch
@@ -128,6 +133,20 @@ class PackedRows(Dataset[dict[str, Any]]):
         )
         batch["pieces"] = pieces
         return batch
+
+
+def led_astray(sample: Sample, share: float, rng: np.random.Generator) -> Sample:
+    """A reconstruction in which about `share` of the reply's tokens are replaced by runs from elsewhere in the reply, as
+    where a greedy reply loops or jumps; `label_ids_T` keeps the right ones. Other tasks come back as they are."""
+    reply_N = np.flatnonzero(sample.labelled_T)[:-1]  # without the end of the turn
+    runs = int(rng.binomial(len(reply_N), min(1.0, 2 * share / (LONGEST_RUN + 1))))
+    if sample.task != "reconstruction" or not runs:
+        return sample
+    ids_T = sample.input_ids_T.copy()
+    for size in rng.integers(1, LONGEST_RUN + 1, size=runs).clip(max=len(reply_N)).tolist():
+        into, source = rng.integers(0, len(reply_N) - size + 1, size=2)
+        ids_T[reply_N[into : into + size]] = sample.input_ids_T[reply_N[source : source + size]]
+    return dataclasses.replace(sample, input_ids_T=ids_T, label_ids_T=sample.input_ids_T)
 
 
 def teacher_length(length: int) -> int:
@@ -194,6 +213,7 @@ def pack(
         pad_token_id,
         memory_token_id=memory_token_id,
         position_stride=position_stride,
+        labels=[sample.input_ids_T if sample.label_ids_T is None else sample.label_ids_T for sample in samples],
     )
     memory = memory_part([sample.units for sample in samples], bank, features=features, pieces=pieces)
     tokens, width = memory["page_num_tokens"].tolist(), memory["units"].shape[1]
@@ -268,15 +288,18 @@ def _row(
     *,
     memory_token_id: int,
     position_stride: int = 1,
+    labels: Sequence[np.ndarray] | None = None,
 ) -> dict[str, Any]:
+    """`pieces` are ids and whether each is a label, sample by sample; `labels` the labels' own ids, where they are
+    others."""
     input_ids = np.full(length, pad_token_id, dtype=np.int64)
-    labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
+    label_ids = np.full(length, IGNORE_INDEX, dtype=np.int64)
     positions = np.zeros(length, dtype=np.int64)
     edges = [0]
-    for ids_T, labelled_T in pieces:
+    for number, (ids_T, labelled_T) in enumerate(pieces):
         begin, end = edges[-1], edges[-1] + len(ids_T)
         input_ids[begin:end] = ids_T
-        labels[begin:end][labelled_T] = ids_T[labelled_T]
+        label_ids[begin:end][labelled_T] = (ids_T if labels is None else labels[number])[labelled_T]
         positions[begin:end] = positions_after(torch.from_numpy(ids_T == memory_token_id), position_stride).numpy()
         edges.append(end)
     if edges[-1] < length:  # what is left over is a sample of its own, without labels
@@ -284,11 +307,11 @@ def _row(
         edges.append(length)
     return {
         "input_ids": torch.from_numpy(input_ids)[None],
-        "labels": torch.from_numpy(labels)[None],
+        "labels": torch.from_numpy(label_ids)[None],
         "position_ids": torch.from_numpy(positions)[None],
         "cu_seq_lens_q": torch.tensor(edges, dtype=torch.int32),
         "max_length_q": int(np.diff(edges).max()),
-        "target_index": torch.from_numpy((labels[1:] != IGNORE_INDEX).nonzero()[0]),
+        "target_index": torch.from_numpy((label_ids[1:] != IGNORE_INDEX).nonzero()[0]),
     }
 
 
