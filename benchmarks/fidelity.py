@@ -43,7 +43,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "reconstruction-alone": ("tasks=reconstruction",),
     "no-curriculum": ("stages=last",),
 }
-"""What is left out, as overrides of the 2x config; `distillation`, `noise`, `tasks` and `stages` change the curriculum."""
+"""What is left out, as overrides of the 2x config; those of `CURRICULUM` change its stages."""
 CURRICULUM = ("distillation", "noise", "tasks", "stages")
 ABLATION_SCALE = 0.2
 """Steps of an ablation, as a share of the whole recipe's."""

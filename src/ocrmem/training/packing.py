@@ -136,8 +136,8 @@ class PackedRows(Dataset[dict[str, Any]]):
 
 
 def led_astray(sample: Sample, share: float, rng: np.random.Generator) -> Sample:
-    """A reconstruction in which about `share` of the reply's tokens are replaced by runs from elsewhere in the reply, as
-    where a greedy reply loops or jumps; `label_ids_T` keeps the right ones. Other tasks come back as they are."""
+    """A reconstruction in which about `share` of the reply's tokens are replaced by runs from elsewhere in it, as where
+    a greedy reply loops or jumps; `label_ids_T` keeps the right ones. Other tasks come back as they are."""
     reply_N = np.flatnonzero(sample.labelled_T)[:-1]  # without the end of the turn
     runs = int(rng.binomial(len(reply_N), min(1.0, 2 * share / (LONGEST_RUN + 1))))
     if sample.task != "reconstruction" or not runs:
