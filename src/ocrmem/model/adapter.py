@@ -148,12 +148,18 @@ def load(
 
 
 def load_projection(
-    model: MEMModel, folder: Path, *, put: Callable[[nn.Module, dict[str, torch.Tensor]], None] | None = None
+    model: MEMModel,
+    folder: Path,
+    *,
+    put: Callable[[nn.Module, dict[str, torch.Tensor]], None] | None = None,
+    fewer_pieces: bool = False,
 ) -> None:
     """Load `adapter.safetensors` into `model.proj`, strictly: same names, shapes and types, but that matrices may be
     stored in bfloat16 or int8.
 
     Args:
+        fewer_pieces: take a file of fewer merged pieces too, to start training from it: the matrices of the pieces
+            that it lacks are zeros, so that the projection begins as the one in the file.
         put: puts checked weights into the projection, where several processes share it; None: `load_state_dict`.
 
     Raises:
@@ -176,6 +182,10 @@ def load_projection(
         key: torch.empty(shapes.get(key, value.shape), dtype=value.dtype, device="meta")
         for key, value in model.proj.state_dict().items()
     }
+    if fewer_pieces and "merge.0.weight" in found:
+        pieces = sum(key.startswith("merge.") for key in found)
+        later = [f"merge.{number}.weight" for number in range(pieces, len(model.proj.merge))]
+        found = {**{key: torch.zeros(wanted[key].shape) for key in later}, **found}
     wrong += [f"missing {key}" for key in wanted.keys() - found.keys()]
     wrong += [f"unexpected {key}" for key in found.keys() - wanted.keys()]
     wrong += [
