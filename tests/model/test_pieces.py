@@ -1,15 +1,16 @@
-"""The projection's pieces and gain, and adapters stored at half the size."""
+"""The projection's pieces and gain, adapters stored at half the size, and a start from fewer pieces."""
 
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import CheckpointError, ConfigError, SpliceError
 from ocrmem.model.adapter import load_projection, read_manifest
+from ocrmem.model.mem_model import MEMModel
 from ocrmem.model.projection import Projection, rotary, turned
 
 
@@ -134,3 +135,60 @@ def test_a_broken_manifest_is_named(tmp_path):
     (tmp_path / "training_manifest.json").write_text(json.dumps({"documents": []}))
     with pytest.raises(CheckpointError, match="is no training manifest"):
         read_manifest(tmp_path)
+
+
+def with_pieces(pieces: int, *, merge: bool = True, seed: int = 0, piece_width: int = 3) -> MEMModel:
+    """A tiny model whose projection has this many pieces, and merge matrices that are not those of a fresh one."""
+    model = tiny_model()
+    torch.manual_seed(seed)
+    settings = ProjectionSettings(kind="attention", num_layers=1, num_heads=2, pieces=pieces, merge=merge)
+    model.proj = Projection(settings, feature_width=piece_width * pieces, embedding_width=24, embedding_rms=0.1)
+    for matrix in model.proj.merge:
+        torch.nn.init.normal_(matrix.weight)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+def test_a_projection_of_more_pieces_begins_as_the_one_of_fewer(dtype, tmp_path):
+    two, four = with_pieces(2), with_pieces(4, seed=1)
+    two.save_pretrained(tmp_path, matrix_dtype=dtype)
+    load_projection(two, tmp_path)
+    load_projection(four, tmp_path, fewer_pieces=True)
+    assert all(torch.equal(value, four.proj.state_dict()[key]) for key, value in two.proj.state_dict().items())
+    features_PVE, used = torch.randn(2, 5, 12), torch.tensor([5, 3])
+    of_two = two.proj(features_PVE.reshape(2, 10, 6), used * 2)
+    torch.testing.assert_close(four.proj(features_PVE.reshape(2, 10, 6), used * 2), of_two)
+    torch.testing.assert_close(four.proj(features_PVE, used), of_two[:, 1::2])
+    assert not four.proj.merge[2].weight.any()
+    assert not four.proj.merge[3].weight.any()
+
+
+def test_fewer_pieces_are_refused_where_nothing_asks_for_them(tmp_path):
+    with_pieces(2).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="projection: missing merge.2.weight; missing merge.3.weight[.]"):
+        load_projection(with_pieces(4), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"pieces": 8}, r"unexpected merge.4.weight; .* unexpected merge.7.weight[.]"),
+        ({"pieces": 2, "merge": False}, "missing merge.0.weight; missing merge.1.weight; .* missing merge.3.weight[.]"),
+        ({"pieces": 2, "piece_width": 6}, r"linear1.weight is float32 \[24, 6\], expected float32 \[24, 3\][.]"),
+    ],
+)
+def test_whatever_else_differs_is_refused(saved, message, tmp_path):
+    with_pieces(**saved).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"projection: {message}"):
+        load_projection(with_pieces(4), tmp_path, fewer_pieces=True)
+
+
+@pytest.mark.parametrize(("lost", "missing"), [(0, "merge.0.weight; .*merge.3.weight"), (1, "merge.1.weight")])
+def test_a_gap_among_the_pieces_is_refused(lost, missing, tmp_path):
+    with_pieces(3).save_pretrained(tmp_path)
+    path = tmp_path / "adapter.safetensors"
+    weights = load_file(path)
+    weights.pop(f"merge.{lost}.weight")
+    save_file(weights, path)
+    with pytest.raises(CheckpointError, match=f"projection: missing {missing}[.]"):
+        load_projection(with_pieces(4), tmp_path, fewer_pieces=True)

@@ -91,7 +91,9 @@ class TrainConfig:
     """`muon` (with objectives): `torch.optim.Muon` for the projection's matrices and AdamW for the rest. None: what
     `training.optim` names, AdamW by default."""
     adapter: str | None = None
-    """Adapter folder to start from; None: a fresh projection."""
+    """Adapter folder to start from; None: a fresh projection. It may have fewer pieces than `projection.pieces`, where
+    `projection.merge` is true for both and a piece has the same width: the run begins as that adapter, and the pieces
+    that it lacks count nothing until they are learnt."""
     memory_token: str | None = None
     """Placeholder token; None: a reserved token of the LLM's vocabulary is chosen."""
     gradient_check: Annotated[Literal["error", "warn", "off"], BeforeValidator(_word)] = "error"

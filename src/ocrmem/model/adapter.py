@@ -24,8 +24,10 @@ from ocrmem.encoders.base import OCREncoder
 from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import AssetError, CheckpointError
 from ocrmem.files import write_files
+from ocrmem.model import stored_matrices
 from ocrmem.model.identity import EncoderIdentity, LLMIdentity, from_config
 from ocrmem.model.llm import load_llm, usable_device
+from ocrmem.model.stored_matrices import form
 
 if TYPE_CHECKING:
     from ocrmem.model.mem_model import MEMModel
@@ -51,18 +53,19 @@ def save(
 
     Args:
         manifest: what it was trained on, written beside it (`read_manifest`).
-        matrix_dtype: round weight matrices to this type, to half the size; None: float32.
+        matrix_dtype: round weight matrices to this type: `torch.bfloat16` for half the size, `torch.int8` (with a
+            scale for each row) for a quarter; None: float32.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written. Nothing there has changed.
+        ConfigError: another `matrix_dtype`.
     """
     if state_dict is None:
         weights = model.proj.state_dict()
     else:
         weights = {key.removeprefix("proj."): value for key, value in state_dict.items() if key.startswith("proj.")}
     weights = {key: _full(value).detach().cpu().contiguous() for key, value in weights.items()}
-    if matrix_dtype is not None:
-        weights = {key: value.to(matrix_dtype) if value.ndim == 2 else value for key, value in weights.items()}
+    weights = stored_matrices.rounded(weights, matrix_dtype)
     model.config.ocrmem_version = __version__
     writers = {
         CONFIG_NAME: lambda path: path.write_text(model.config.to_json_string(), encoding="utf-8"),
@@ -145,12 +148,18 @@ def load(
 
 
 def load_projection(
-    model: MEMModel, folder: Path, *, put: Callable[[nn.Module, dict[str, torch.Tensor]], None] | None = None
+    model: MEMModel,
+    folder: Path,
+    *,
+    put: Callable[[nn.Module, dict[str, torch.Tensor]], None] | None = None,
+    fewer_pieces: bool = False,
 ) -> None:
     """Load `adapter.safetensors` into `model.proj`, strictly: same names, shapes and types, but that matrices may be
-    stored in bfloat16.
+    stored in bfloat16 or int8.
 
     Args:
+        fewer_pieces: take a file of fewer merged pieces too, to start training from it: the matrices of the pieces
+            that it lacks are zeros, so that the projection begins as the one in the file.
         put: puts checked weights into the projection, where several processes share it; None: `load_state_dict`.
 
     Raises:
@@ -166,19 +175,23 @@ def load_projection(
             f"{str(path)!r} is truncated or no safetensors file ({error}). Copy it again from where it was made, or "
             "go back to an earlier checkpoint of the run."
         ) from error
-    found = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in found.items()}
+    found, wrong = stored_matrices.restored(found)
     # Under DeepSpeed's stage 3 a parameter is empty between its uses, and says its shape elsewhere.
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.proj.named_parameters()}
     wanted = {
         key: torch.empty(shapes.get(key, value.shape), dtype=value.dtype, device="meta")
         for key, value in model.proj.state_dict().items()
     }
-    wrong = [f"missing {key}" for key in wanted.keys() - found.keys()]
+    if fewer_pieces and "merge.0.weight" in found:
+        pieces = sum(key.startswith("merge.") for key in found)
+        later = [f"merge.{number}.weight" for number in range(pieces, len(model.proj.merge))]
+        found = {**{key: torch.zeros(wanted[key].shape) for key in later}, **found}
+    wrong += [f"missing {key}" for key in wanted.keys() - found.keys()]
     wrong += [f"unexpected {key}" for key in found.keys() - wanted.keys()]
     wrong += [
-        f"{key} is {_form(found[key])}, expected {_form(wanted[key])}"
+        f"{key} is {form(found[key])}, expected {form(wanted[key])}"
         for key in wanted.keys() & found.keys()
-        if _form(found[key]) != _form(wanted[key])
+        if form(found[key]) != form(wanted[key])
     ]
     if wrong:
         raise CheckpointError(
@@ -208,10 +221,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "was held out; copy the adapter again from where it was made."
         ) from error
     return {**values, "documents": list(documents), "steps": int(steps)}
-
-
-def _form(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def read_config(folder: Path) -> MEMConfig:

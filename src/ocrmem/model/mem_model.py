@@ -467,7 +467,7 @@ class MEMModel(PreTrainedModel):
             state_dict: the whole model's state where it was gathered from several processes; None: its own.
             model_card: text of `README.md`; None: a card without measured figures.
             manifest: what the adapter was trained on; None: none is written.
-            matrix_dtype: round weight matrices to this type; None: float32.
+            matrix_dtype: round weight matrices to `torch.bfloat16` or `torch.int8`; None: float32.
         """
         if is_main_process:
             adapter.save(

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 
 
 def build_model(config: TrainConfig, *, rival: Features | None = None) -> tuple[MEMModel, MEMProcessor]:
-    """Load the frozen parts, make the projection (fresh, or that of `config.adapter`), and the processor.
+    """Load the frozen parts, make the projection (fresh, or that of `config.adapter`, which may have fewer merged
+    pieces), and the processor.
 
     Seed torch before the call where a fresh projection must be reproducible.
 
@@ -66,7 +67,7 @@ def build_model(config: TrainConfig, *, rival: Features | None = None) -> tuple[
     )
     model = MEMModel(mem_config, base_llm_model=llm, ocr_embed=encoder, llm_name=config.llm.name, llm_revision=revision)
     if config.adapter is not None:
-        load_projection(model, Path(config.adapter))
+        load_projection(model, Path(config.adapter), fewer_pieces=True)
     return model, MEMProcessor.from_model(model, tokenizer=tokenizer)
 
 
