@@ -72,6 +72,8 @@ class FeatureStore:
         rows, width = features_VE.shape if features_VE.ndim == 2 else (-1, -1)
         if features_VE.dtype != dtype or width != feature_width or not 0 <= rows <= tokens_per_page:
             return self._discard(self.path(key), f"it holds {features_VE.dtype} of shape {tuple(features_VE.shape)}")
+        if rows == tokens_per_page:
+            return features_VE
         full_VE = features_VE.new_zeros(tokens_per_page, feature_width)
         full_VE[:rows] = features_VE
         return full_VE
