@@ -163,7 +163,9 @@ def encode_pages(
     todo = list(missing.items())
     for begin in range(0, len(todo), batch_size):
         part = todo[begin : begin + batch_size]
-        pages = pages_PHW[[index for _, index in part]].to(device)
+        indices = [index for _, index in part]
+        run = slice(indices[0], indices[-1] + 1)  # of neighbours, as mostly: they need no copy
+        pages = pages_PHW[run if len(indices) == run.stop - run.start else indices].to(device)
         # Not inference_mode: no tensor of its kind may get out, since no backward can save one.
         with torch.no_grad():
             fresh_PVE = round_features(encoder(pages), dtype, encoder.name)

@@ -115,7 +115,8 @@ def _wait(device: torch.device) -> None:
 def matrix_product_rate(device: torch.device, dtype: torch.dtype, *, size: int) -> dict[str, Any]:
     """FLOP/s of a product of two square matrices: what the arithmetic of everything else is compared with."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    found = measure(lambda: a @ b, device, repeats=20, warm_up=5)
+    # Long enough for the clocks to settle where they stay under load.
+    found = measure(lambda: a @ b, device, repeats=100, warm_up=50)
     tera = 2 * size**3 / found["ms"] / 1e9
     return {"size": size, "dtype": str(dtype).removeprefix("torch."), "ms": found["ms"], "tflops": round(tera, 2)}
 
