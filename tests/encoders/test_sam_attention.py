@@ -147,6 +147,16 @@ def pages(page_size: int, count: int, seed: int = 1) -> torch.Tensor:
 
 
 @torch.no_grad()
+def test_the_residual_stream_is_contiguous():
+    """A transposed one, as a convolution's output is, would make every layer's norm and sum copy it across."""
+    seen, built = [], encoder()
+    for layer in built.sam_model.blocks:
+        layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+    built(pages(512, 2))
+    assert seen == [True] * 4
+
+
+@torch.no_grad()
 def test_attention_is_no_part_of_the_encoders_identity():
     reference, folded = encoder(attention="reference"), encoder(attention="folded")
     assert reference.identity() == folded.identity()

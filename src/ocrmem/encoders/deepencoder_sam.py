@@ -78,7 +78,11 @@ class SAMEncoder(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches of 16 × 16 pixels to vectors; channels last."""
+    """Patches of 16 × 16 pixels to vectors; channels last.
+
+    A convolution whose patches do not overlap is a linear layer over them. As such its output is contiguous, and with
+    it the residual stream of all layers: a convolution's would be a transposed view, and so would every sum after it.
+    """
 
     def __init__(self, sizes: SAMSizes) -> None:
         super().__init__()
@@ -86,7 +90,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[P, 3, H, W] to [P, h, w, width]."""
-        return self.proj(pixels).permute(0, 2, 3, 1)
+        side = self.proj.stride[0]
+        pixels = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ChannelNorm(nn.LayerNorm):

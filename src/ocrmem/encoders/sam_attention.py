@@ -147,7 +147,4 @@ def kernel_attention(
     """
     from ocrmem.encoders.sam_attention_triton import windowed_attention
 
-    query = qkv_PHW3.unflatten(-1, (3, num_heads, -1))[..., 0, :, :]
-    bias_h = torch.einsum("pyxnc,ykc->pnkyx", query, table_h).contiguous()
-    bias_w = torch.einsum("pyxnc,xkc->pnyxk", query, table_w).contiguous()
-    return windowed_attention(qkv_PHW3, qkv_bias, bias_h, bias_w, num_heads, *window)
+    return windowed_attention(qkv_PHW3, qkv_bias, table_h, table_w, num_heads, *window)

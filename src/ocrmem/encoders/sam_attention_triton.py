@@ -7,11 +7,14 @@ whole page.
 
 Padding: DeepSeek-OCR pads the last windows with zeros before the linear layer that makes queries, keys and values, so
 padded positions have that layer's bias as key and value, and are attended to like all others.
+
+The bias comes from a kernel of its own, which reads queries where they lie too.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import triton  # pyright: ignore[reportMissingImports] - comes with torch for GPUs, on Linux
@@ -26,16 +29,24 @@ MIN_PRODUCT = 16
 """Side of the smallest product that tensor cores do."""
 CONFIGS = [
     triton.Config({"BLOCK_Q": block}, num_warps=warps, num_stages=stages, maxnreg=registers)
-    for block, warps, stages, registers in (
-        (128, 8, 3, None), (128, 8, 2, None), (128, 8, 2, 128), (64, 4, 3, None), (64, 4, 2, None), (64, 4, 1, None),
-    )
-]  # fmt: skip
+    for block, warps, stages, registers in ((64, 4, 2, None), (64, 4, 3, None), (128, 8, 3, None), (128, 8, 2, 128))
+]
 """Queries of a tile, warps, pipeline stages and registers that are tried at the first use; the fastest stays."""
+BLOCK_LINE = 64
+"""Queries of a row or column whose bias is made at once."""
+FEW_POSITIONS = 256
+"""A page of fewer positions is a trial whether the kernel runs: nothing is tried out for it."""
+
+
+def worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+    """The configs to time for these arguments of the kernel."""
+    return configs[:1] if arguments["height"] * arguments["width"] < FEW_POSITIONS else configs
 
 
 @triton.autotune(
     CONFIGS[:1] if os.environ.get("TRITON_INTERPRET") == "1" else CONFIGS,
     key=["height", "width", "WINDOW_W", "HEAD"],
+    prune_configs_by={"early_config_prune": worth_trying},
 )
 @triton.jit
 def _kernel(
@@ -87,9 +98,11 @@ def _kernel(
             value = tl.load(keys + 2 * HEADS * HEAD, mask=real[:, None], other=0.0)
             key = tl.where(real[:, None], key, key_bias[None, :])
             value = tl.where(real[:, None], value, value_bias[None, :])
+        # `down` is one value a query where the tile is one row: it shifts the maximum, not each score.
+        shift = tl.zeros([BLOCK_Q], tl.float32)
+        bias = across
         if ROWS == 1:
-            down_row = tl.load(down + first * height * width, mask=valid, other=0.0).to(tl.float32) * LOG2
-            bias = across + down_row[:, None]
+            shift = tl.load(down + first * height * width, mask=valid, other=0.0).to(tl.float32) * LOG2
         else:
             tile = tl.load(
                 down[:, None] + (first + row)[None, :] * height * width,
@@ -101,8 +114,8 @@ def _kernel(
         if not WHOLE:
             inside = (first + row < WINDOW_H) & (column < WINDOW_W)
             score = tl.where(inside[None, :], score, float("-inf"))
-        new_top = tl.maximum(top_score, tl.max(score, 1))
-        weight = tl.exp2(score - new_top[:, None])
+        new_top = tl.maximum(top_score, tl.max(score, 1) + shift)
+        weight = tl.exp2(score - (new_top - shift)[:, None])
         shrink = tl.exp2(top_score - new_top)
         total = total * shrink + tl.sum(weight, 1)
         result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
@@ -112,32 +125,71 @@ def _kernel(
     tl.store(target, result.to(out.dtype.element_ty), mask=valid[:, None])
 
 
+@triton.jit
+def _bias_kernel(
+    qkv, table, out, height, width,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, KEYS: tl.constexpr, PADDED: tl.constexpr, DOWN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A product of each query with the vectors of its row (DOWN) or column, [rows or columns of the page, KEYS, HEAD].
+
+    `out` is [P, heads, KEYS, h, w] with DOWN, else [P, heads, h, w, KEYS].
+    """
+    lines = height if DOWN else width
+    length = width if DOWN else height
+    num_blocks = tl.cdiv(length, BLOCK)
+    block, group = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
+    line, head = group % lines, (group // lines) % HEADS
+    page = (group // lines // HEADS).to(tl.int64)
+    along = block * BLOCK + tl.arange(0, BLOCK)
+    position = line * width + along if DOWN else along * width + line
+    valid = along < length
+    channel, key = tl.arange(0, HEAD), tl.arange(0, PADDED)
+    row_stride = 3 * HEADS * HEAD
+    query = tl.load(
+        qkv + page * height * width * row_stride + head * HEAD + position[:, None] * row_stride + channel[None, :],
+        mask=valid[:, None],
+        other=0.0,
+    )
+    vectors = tl.load(
+        table + (line * KEYS + key)[:, None] * HEAD + channel[None, :], mask=(key < KEYS)[:, None], other=0.0
+    )
+    bias = tl.dot(query, tl.trans(vectors)).to(out.dtype.element_ty)
+    target = out + (page * HEADS + head) * KEYS * height * width
+    place = key[None, :] * height * width + position[:, None] if DOWN else position[:, None] * KEYS + key[None, :]
+    tl.store(target + place, bias, mask=valid[:, None] & (key < KEYS)[None, :])
+
+
 @torch.library.custom_op("ocrmem::windowed_attention", mutates_args=())
 def windowed_attention(
     qkv_PHW3: torch.Tensor,
     qkv_bias: torch.Tensor,
-    bias_h: torch.Tensor,
-    bias_w: torch.Tensor,
+    table_h: torch.Tensor,
+    table_w: torch.Tensor,
     num_heads: int,
     window_h: int,
     window_w: int,
 ) -> torch.Tensor:
     """Attention within windows that lie in place; see `sam_attention.kernel_attention`.
 
-    Args:
-        bias_h: [P, heads, window rows, h, w], contiguous: for each row of keys, of each query.
-        bias_w: [P, heads, h, w, window columns], contiguous.
-
     Returns:
         [P, h, w, heads · c].
     """
-    qkv_PHW3 = qkv_PHW3.contiguous()
+    qkv_PHW3, table_h, table_w = qkv_PHW3.contiguous(), table_h.contiguous(), table_w.contiguous()
     pages, height, width, channels = qkv_PHW3.shape
     head = channels // (3 * num_heads)
     out = qkv_PHW3.new_empty(pages, height, width, num_heads * head)
+    bias_h = qkv_PHW3.new_empty(pages, num_heads, window_h, height, width)
+    bias_w = qkv_PHW3.new_empty(pages, num_heads, height, width, window_w)
     across, down = -(-width // window_w), -(-height // window_h)
     groups = pages * across * down * num_heads
     with torch.cuda.device_of(qkv_PHW3):
+        for is_down, table, bias, keys in ((True, table_h, bias_h, window_h), (False, table_w, bias_w, window_w)):
+            lines, length = (height, width) if is_down else (width, height)
+            _bias_kernel[(triton.cdiv(length, BLOCK_LINE) * lines * num_heads * pages,)](  # pyright: ignore
+                qkv_PHW3, table, bias, height, width, HEADS=num_heads, HEAD=head, KEYS=keys,
+                PADDED=max(MIN_PRODUCT, triton.next_power_of_2(keys)), DOWN=is_down, BLOCK=BLOCK_LINE, num_warps=4,
+            )  # fmt: skip
         _kernel[lambda meta: (triton.cdiv(window_h * window_w, meta["BLOCK_Q"]) * groups,)](  # pyright: ignore
             qkv_PHW3, qkv_bias, bias_h, bias_w, out, height, width, across, across * down, head**-0.5 * LOG2_E,
             HEADS=num_heads, HEAD=head, **tiles(height, width, (window_h, window_w)),
@@ -149,8 +201,8 @@ def windowed_attention(
 def _(
     qkv_PHW3: torch.Tensor,
     qkv_bias: torch.Tensor,
-    bias_h: torch.Tensor,
-    bias_w: torch.Tensor,
+    table_h: torch.Tensor,
+    table_w: torch.Tensor,
     num_heads: int,
     window_h: int,
     window_w: int,

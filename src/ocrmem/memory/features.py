@@ -72,6 +72,8 @@ class FeatureStore:
         rows, width = features_VE.shape if features_VE.ndim == 2 else (-1, -1)
         if features_VE.dtype != dtype or width != feature_width or not 0 <= rows <= tokens_per_page:
             return self._discard(self.path(key), f"it holds {features_VE.dtype} of shape {tuple(features_VE.shape)}")
+        if rows == tokens_per_page:
+            return features_VE
         full_VE = features_VE.new_zeros(tokens_per_page, feature_width)
         full_VE[:rows] = features_VE
         return full_VE
@@ -161,7 +163,9 @@ def encode_pages(
     todo = list(missing.items())
     for begin in range(0, len(todo), batch_size):
         part = todo[begin : begin + batch_size]
-        pages = pages_PHW[[index for _, index in part]].to(device)
+        indices = [index for _, index in part]
+        run = slice(indices[0], indices[-1] + 1)  # of neighbours, as mostly: they need no copy
+        pages = pages_PHW[run if len(indices) == run.stop - run.start else indices].to(device)
         # Not inference_mode: no tensor of its kind may get out, since no backward can save one.
         with torch.no_grad():
             fresh_PVE = round_features(encoder(pages), dtype, encoder.name)

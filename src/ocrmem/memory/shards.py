@@ -91,7 +91,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def crc32(features: torch.Tensor) -> int:
     """Checksum of the bytes of a tensor on the CPU."""
-    return zlib.crc32(features.contiguous().view(torch.uint8).numpy().tobytes())
+    return zlib.crc32(features.contiguous().view(torch.uint8).numpy().data)
 
 
 def used_rows(features_VE: torch.Tensor) -> torch.Tensor:

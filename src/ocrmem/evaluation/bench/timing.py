@@ -8,6 +8,7 @@ import logging
 import platform
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -114,7 +115,8 @@ def _wait(device: torch.device) -> None:
 def matrix_product_rate(device: torch.device, dtype: torch.dtype, *, size: int) -> dict[str, Any]:
     """FLOP/s of a product of two square matrices: what the arithmetic of everything else is compared with."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    found = measure(lambda: a @ b, device, repeats=20, warm_up=5)
+    # Long enough for the clocks to settle where they stay under load.
+    found = measure(lambda: a @ b, device, repeats=100, warm_up=50)
     tera = 2 * size**3 / found["ms"] / 1e9
     return {"size": size, "dtype": str(dtype).removeprefix("torch."), "ms": found["ms"], "tflops": round(tera, 2)}
 
@@ -143,16 +145,24 @@ class Results:
         except Exception as error:  # a benchmark of many ways keeps what it has
             row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             log.info("%s, %s", name, row["error"], exc_info=not isinstance(error, TimeoutError))
+            traceback.clear_frames(error.__traceback__)  # they hold the row's tensors
         row["seconds"] = round(time.perf_counter() - started, 1)
         self.rows.append(row)
         self.write()
         self.progress(f"{self.part}: {line(row)}")
         release(device)
 
-    def check_time(self) -> None:
-        """Begin a row with this: where the part's time is over, the row is left out."""
-        if time.perf_counter() - self._started > self.seconds:
+    def check_time(self, *, needs: float = 0.0) -> None:
+        """Begin a row with this: where the part's time is over, the row is left out.
+
+        Args:
+            needs: seconds that the row takes at full size; it is left out, too, where it would end too late.
+        """
+        used = time.perf_counter() - self._started
+        if used > self.seconds:
             raise TimeoutError(f"left out: {self.part} had used its {self.seconds:.0f} s")
+        if used + needs > self.seconds:
+            raise TimeoutError(f"left out: {self.part} had {self.seconds - used:.0f} s left, of about {needs:.0f} s")
 
     def find(self, name: str, key: str) -> float | None:
         """A figure of a row; None where the row is missing or failed."""
