@@ -56,11 +56,8 @@ def packed_attention(
         )
     query_SHW, key_SHW, value_SHW = (states[0].transpose(0, 1) for states in (query, key, value))
     options: dict[str, Any] = {}
-    if "enable_gqa" in _PARAMETERS:
+    if "enable_gqa" in _PARAMETERS:  # before, fewer heads of keys than of queries are taken without being told
         options["enable_gqa"] = query_SHW.shape[1] != key_SHW.shape[1]
-    else:
-        groups = query_SHW.shape[1] // key_SHW.shape[1]
-        key_SHW, value_SHW = (states.repeat_interleave(groups, dim=1) for states in (key_SHW, value_SHW))
     if "window_size" in _PARAMETERS:
         options["window_size"] = (-1, 0)
     else:
