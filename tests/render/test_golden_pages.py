@@ -11,9 +11,10 @@ from ocrmem.render import native
 from ocrmem.render.renderer import Renderer, render_identity
 
 TWO_X = dataclasses.replace(PP_OCR_PAGE, page_width=1536, page_height=384, cell_width=11)
-"""The pages of configs/smollm2-pp-ocr-2x.yaml."""
+"""The pages of the adapters that were shipped first."""
 PRESETS = {
     "two-x": TWO_X,
+    "shipped": dataclasses.replace(PP_OCR_PAGE, page_width=1728, page_height=384, cell_width=12),
     "pp-ocr": PP_OCR_PAGE,
     "pp-ocr-keep": dataclasses.replace(PP_OCR_PAGE, line_breaks="keep"),
     "deepseek-1024": deepseek_ocr_page(1024),
@@ -36,18 +37,21 @@ def held_text(count: int = 3000) -> str:
 
 GOLDEN = {
     "two-x": "210fc736147ee8dd4e6b05ce20444481ad81e581cdcf74ad533e9d05cc40baf4",
+    "shipped": "6ecabc74edd5268c5ebcf0afc49f1049672e12a6516f9c6181247c409bb96823",
     "pp-ocr": "a8aca8c0c2b069f3d8c9b326ed52c3fc2d8e044a0234259ad7f7a36c7a1432bf",
     "pp-ocr-keep": "5c0602e81e01997936fde7455bc790b8c55a685d229c5ae1aef425d2659cdc6e",
     "deepseek-1024": "9a5dc91cd4af8e6e9a42c9cb82df39888d53c855f1f6ed8235a6e74f4ccd0c07",
 }
 ENGLISH = {
     "two-x": "779442f03ae9defe41f542ac2bd727bd6f8167e69bf32bf0dea73b21d4e48147",
+    "shipped": "88d166686558a021d7c2b329b77957928ba9e6845785d69ce7eb2e4991806e1e",
     "pp-ocr": "70bf6e13ea22a08be37594f199f1d636e51b1ad2297a7934dd8ee0412cdf7730",
     "pp-ocr-keep": "867bff25725dd0afd0b60ef50b464a302c33fb7224df598571f874ecaee811d3",
     "deepseek-1024": "f3f0b2a699eeeb3f0bb4c4c00ae140823af4727bb6ed046eb4ff4abf4e669379",
 }
 IDENTITY = {
     "two-x": "3f70f1b784e84603b0785c4945dde9b8dde52344cccc1adfb94eadd3251acf77",
+    "shipped": "b7fb7c8c52ef3bc36e76266747fa406081cbdb83d033a1c1678371ab5c1eadd1",
     "pp-ocr": "e417e67840a8f1923bdfd13bac424cf365b1b2cc309be0077b8cd5e3c545652c",
     "pp-ocr-keep": "0d770c8aebf4eb39ba5644ddc091201b46fd32bcc27abfabafbfe827eb285a10",
     "deepseek-1024": "78b755e3b6130f7492ff46366744f60f4fc4ebee2f390447e4dcce9f93a6eebb",

@@ -185,17 +185,19 @@ class Contexts:
         ]
         flat = [page for drawn in pages for page in drawn]
         shape = (0, encoder.tokens_per_page, encoder.feature_width)
-        parts = [torch.zeros(shape, dtype=processor.feature_dtype)]
+        # Every arm needs the features on the device, and a GPU makes them sooner than a disk keeps them.
+        store = processor.store if self.device.type == "cpu" else None
+        parts = [torch.zeros(shape, dtype=processor.feature_dtype, device=self.device)]
         for begin in range(0, len(flat), PAGES_AT_ONCE):
             features_PVE = encode_pages(
                 encoder,
                 stack_pages(flat[begin : begin + PAGES_AT_ONCE], encoder),
                 keys[begin : begin + PAGES_AT_ONCE],
-                store=processor.store,
+                store=store,
                 dtype=processor.feature_dtype,
                 device=self.device,
             )
-            parts.append(features_PVE.cpu())
+            parts.append(features_PVE)
         split = torch.cat(parts).split([len(drawn) for drawn in pages])
         return [
             Context(features_PVE=features_PVE, page_num_tokens=[encoder.num_tokens(page) for page in drawn])
