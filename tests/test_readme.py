@@ -23,5 +23,5 @@ def test_the_ten_lines_run():
     assert done.returncode == 0, done.stderr
     said, shown = done.stdout.splitlines(), output.splitlines()
     assert said[0] == shown[0]
-    assert "Bruno" in said[1]  # the rest of the sentence may differ by a processor's rounding
+    assert said[1].startswith(shown[1][:2])  # the rest of the answer may differ by a processor's rounding
     assert said[2:] == shown[2:]
