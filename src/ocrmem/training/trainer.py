@@ -359,9 +359,11 @@ def leave_process_group() -> None:
     `destroy_process_group` alone leaves gloo's threads running. One that lets go of a tensor while Python shuts down
     aborts the process: "terminate called without an active exception". Collecting the trainer ends them first. Where
     somebody else holds the group (DeepSpeed, imported later than the group was made, has it in default arguments),
-    they get the time to let go.
+    they get the time to let go. They get it before as well: a thread that lets go of its last tensor waits for the GIL
+    with a lock in hand for which the end of the group waits, and the collector would hold the GIL meanwhile.
     """
     if torch.distributed.is_initialized():
+        time.sleep(0.1)  # without the GIL
         torch.distributed.destroy_process_group()
         gc.collect()
         time.sleep(0.1)  # without the GIL
