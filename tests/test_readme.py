@@ -21,7 +21,4 @@ def test_the_ten_lines_run():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ
     )
     assert done.returncode == 0, done.stderr
-    said, shown = done.stdout.splitlines(), output.splitlines()
-    assert said[0] == shown[0]
-    assert said[1].startswith(shown[1][:2])  # the rest of the answer may differ by a processor's rounding
-    assert said[2:] == shown[2:]
+    assert done.stdout == output

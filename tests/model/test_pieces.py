@@ -62,7 +62,7 @@ def test_merged_layers_attend_over_whole_memory_tokens_in_use():
         proj.linear2(torch.nn.functional.gelu(proj.linear1(features_PVE.reshape(2, 10, 6)))), used * 2
     )
     assert not torch.allclose(proj(features_PVE, used), memory_PVD)
-    expected = before(proj._one_of(pieces_PVD, 2), used)
+    expected = before(proj._merged(pieces_PVD, 2), used)
     torch.testing.assert_close(memory_PVD, torch.nn.functional.rms_norm(expected, (8,), eps=1e-6) * 0.1)
     proj.merged = before
     changed = features_PVE.clone()
@@ -78,7 +78,7 @@ def test_more_pieces_than_the_projection_has_are_refused():
     with pytest.raises(
         SpliceError, match="features of 8 pieces to a memory token, expected projection.pieces=4 at most"
     ):
-        projection(pieces=4, merge=True)._one_of(torch.randn(1, 16, 8), 8)
+        projection(pieces=4, merge=True)._merged(torch.randn(1, 16, 8), 8)
 
 
 def test_only_the_distance_between_pieces_counts():

@@ -405,7 +405,7 @@ def _reading_figure(rows: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
 
     lengths = sorted({row["num_chars"] for row in rows})
-    figure = Figure(figsize=(1.5 + 3 * len(lengths), 6), layout="constrained")
+    figure = Figure(figsize=(2 + 3 * len(lengths), 6), layout="constrained")
     panels = figure.subplots(2, len(lengths), squeeze=False, sharex=True, sharey="row")
     for number, (arm, source) in enumerate(sorted({(row["arm"], row["source"]) for row in rows})):
         style = {"marker": "os^Dv"[number % 5], "color": f"C{number % 10}", "capsize": 3}
@@ -422,7 +422,7 @@ def _reading_figure(rows: Sequence[Row]) -> Figure:
         panels[1, column].set_xlabel("compression ratio")
     panels[0, 0].set_ylabel("token accuracy")
     panels[1, 0].set_ylabel("character error rate")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=min(3, 1 + len(lengths)), fontsize=8)
     return figure
 
 

@@ -110,13 +110,13 @@ class Projection(nn.Module):
             memory_PVD = self.linear2(F.gelu(self.linear1(cut)))
             if self.attention is not None:
                 memory_PVD = self.attention(memory_PVD, used_P)
-            memory_PVD = self._one_of(memory_PVD, pieces)
+            memory_PVD = self._merged(memory_PVD, pieces)
             if self.merged is not None:
                 memory_PVD = self.merged(memory_PVD, page_num_tokens_P)
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
         return normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
 
-    def _one_of(self, pieces_PVD: torch.Tensor, pieces: int) -> torch.Tensor:
+    def _merged(self, pieces_PVD: torch.Tensor, pieces: int) -> torch.Tensor:
         """Every `pieces` neighbours as one, by `ProjectionSettings.merge`; the first matrix is the last piece's."""
         if not self.merge:
             return pieces_PVD[:, pieces - 1 :: pieces]
