@@ -9,7 +9,7 @@ import torch
 from ocrmem.config.objectives import ObjectiveSettings, Stage
 from ocrmem.errors import ConfigError
 from ocrmem.model.label_loss import IGNORE_INDEX
-from ocrmem.training.packing import LONGEST_RUN, PackedRows, led_astray
+from ocrmem.training.packing import PackedRows, led_astray
 from ocrmem.training.tasks import Sample
 
 
@@ -19,17 +19,14 @@ def reply(task="reconstruction", length=4000):
     return Sample(task, np.arange(length + 10), labelled_T, units=[0])
 
 
-def test_wrong_tokens_come_in_runs_out_of_the_reply_itself():
+def test_wrong_tokens_are_others_of_the_reply():
     sample = reply()
     given = led_astray(sample, 0.1, np.random.default_rng(0))
     wrong_T = given.input_ids_T != sample.input_ids_T
-    assert 0.06 < wrong_T.sum() / sample.labelled_T.sum() < 0.12
+    assert 0.08 < wrong_T.sum() / sample.labelled_T.sum() < 0.12
     assert not wrong_T[~sample.labelled_T].any()
     assert not wrong_T[np.flatnonzero(sample.labelled_T)[-1]]  # the end of the turn
     assert sample.labelled_T[given.input_ids_T[wrong_T]].all()
-    following = wrong_T[1:] & wrong_T[:-1]
-    assert following.sum() > 0.5 * wrong_T.sum()
-    assert np.mean(np.diff(given.input_ids_T)[following] == 1) > 0.9  # copied in one piece
     assert np.array_equal(given.label_ids_T, sample.input_ids_T)
     assert np.array_equal(sample.input_ids_T, np.arange(4010))
 
@@ -37,7 +34,7 @@ def test_wrong_tokens_come_in_runs_out_of_the_reply_itself():
 def test_short_replies_and_other_tasks():
     rng = np.random.default_rng(0)
     assert led_astray(reply("recall"), 0.5, rng).label_ids_T is None
-    for length in range(2, LONGEST_RUN + 3):
+    for length in range(2, 11):
         for _ in range(20):
             led_astray(reply(length=length), 0.9, rng)
 

@@ -32,9 +32,8 @@ class Stage:
     follows), `recall` (what came after a quoted half sentence), `cloze` (fill a gap), `reply` (an assistant's turn in
     a conversation). They need not add up to 1."""
     noise: float = 0.0
-    """Share of a repeated text's tokens that stand wrongly in what the LLM reads of its own reply, in runs copied from
-    elsewhere in it; the labels stay right. So the memory learns to bring a reply back that went astray, which
-    teacher-forced text never does."""
+    """Share of a repeated text's tokens in whose place the LLM reads another of them in its own reply; the labels stay
+    right. So the memory learns to go on after a word that was misread, which teacher-forced text never asks for."""
     distillation: float = 0.0
     """Weight of the KL divergence from the same frozen LLM with the full text, on continuation and reply."""
 

@@ -27,8 +27,6 @@ TOKENS_PER_SLOT = 8
 TOKENS_PER_PIECE = 2
 """The same for one piece, where a convolution has several to a memory token. It does not depend on their number, so
 that a rival of more pieces goes on from one of fewer, as a memory does."""
-LONGEST_RUN = 8
-"""Wrong tokens of `Stage.noise` come in runs of 1 to so many."""
 TOO_LONG = 3
 """Samples that may fail to fit before a row is closed."""
 TEACHER_LENGTH = (4, 2048)
@@ -136,16 +134,14 @@ class PackedRows(Dataset[dict[str, Any]]):
 
 
 def led_astray(sample: Sample, share: float, rng: np.random.Generator) -> Sample:
-    """A reconstruction in which about `share` of the reply's tokens are replaced by runs from elsewhere in it, as where
-    a greedy reply loops or jumps; `label_ids_T` keeps the right ones. Other tasks come back as they are."""
+    """A reconstruction in which about `share` of the reply's tokens are others of it, as after a word that was misread;
+    `label_ids_T` keeps the right ones. Other tasks come back as they are."""
     reply_N = np.flatnonzero(sample.labelled_T)[:-1]  # without the end of the turn
-    runs = int(rng.binomial(len(reply_N), min(1.0, 2 * share / (LONGEST_RUN + 1))))
-    if sample.task != "reconstruction" or not runs:
+    wrong_N = reply_N[rng.random(len(reply_N)) < share]
+    if sample.task != "reconstruction" or not len(wrong_N):
         return sample
     ids_T = sample.input_ids_T.copy()
-    for size in rng.integers(1, LONGEST_RUN + 1, size=runs).clip(max=len(reply_N)).tolist():
-        into, source = rng.integers(0, len(reply_N) - size + 1, size=2)
-        ids_T[reply_N[into : into + size]] = sample.input_ids_T[reply_N[source : source + size]]
+    ids_T[wrong_N] = sample.input_ids_T[rng.choice(reply_N, size=len(wrong_N))]
     return dataclasses.replace(sample, input_ids_T=ids_T, label_ids_T=sample.input_ids_T)
 
 
