@@ -73,10 +73,14 @@ def _kernel(
     row_stride = 3 * HEADS * HEAD
     channel = tl.arange(0, HEAD)
 
+    rows, columns = WINDOW_H, WINDOW_W
+    if not WHOLE:  # of a cut window the queries inside the page are counted alone: fewer tiles have any
+        rows, columns = tl.minimum(rows, height - top), tl.minimum(columns, width - left)
+        if block * BLOCK_Q >= rows * columns:
+            return
     place_q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    y, x = top + place_q // WINDOW_W, left + place_q % WINDOW_W
-    valid = (place_q < WINDOW_H * WINDOW_W) & (y < height) & (x < width)
-    position = y * width + x
+    valid = place_q < rows * columns
+    position = (top + place_q // columns) * width + left + place_q % columns
     page_qkv = qkv + page * height * width * row_stride + head * HEAD
     query = tl.load(page_qkv + position[:, None] * row_stride + channel[None, :], mask=valid[:, None], other=0.0)
 
