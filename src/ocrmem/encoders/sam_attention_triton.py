@@ -32,8 +32,8 @@ MIN_PRODUCT = 16
 CONFIGS = [
     triton.Config({"BLOCK_Q": block, "SPLIT": split}, num_warps=warps, num_stages=stages, maxnreg=registers)
     for block, split, warps, stages, registers in (
-        (64, 1, 4, 2, None), (64, 1, 4, 3, None), (64, 1, 4, 2, 168), (64, 1, 4, 2, 128), (64, 2, 4, 2, 128),
-        (64, 2, 4, 3, None), (128, 1, 8, 3, None), (128, 1, 8, 2, 128),
+        (64, 1, 4, 2, None), (64, 1, 4, 3, None), (64, 1, 4, 2, 128), (64, 2, 4, 2, 128), (64, 2, 4, 3, 128),
+        (64, 4, 4, 2, None), (64, 4, 4, 3, None), (128, 1, 8, 3, None), (128, 1, 8, 2, 128), (128, 2, 8, 2, 128),
     )
 ]  # fmt: skip
 """Queries of a tile, parts of a tile of keys, warps, pipeline stages and registers that are tried at the first use; the
@@ -49,7 +49,7 @@ def worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **cons
     if arguments["height"] * arguments["width"] < FEW_POSITIONS:
         return configs[:1]
     rows, columns = constants["JOINED"], constants["COLUMNS"]
-    return [c for c in configs if c.kwargs["SPLIT"] == 1 or (rows > 1 and rows // 2 * columns >= MIN_PRODUCT)]
+    return [c for c in configs if c.kwargs["SPLIT"] == 1 or rows // c.kwargs["SPLIT"] * columns >= MIN_PRODUCT]
 
 
 @triton.autotune(
@@ -106,12 +106,12 @@ def _kernel(
     for first in range(0, WINDOW_H, ROWS):
         key_y, key_x = top + first + row, left + column
         keys = page_qkv + (key_y * width + key_x)[:, None] * row_stride + channel[None, :]
+        inside = (first + row < WINDOW_H) & (column < WINDOW_W)
+        real = inside & (key_y < height) & (key_x < width)
         if WHOLE:
             key = tl.load(keys + HEADS * HEAD)
             value = tl.load(keys + 2 * HEADS * HEAD)
         else:
-            inside = (first + row < WINDOW_H) & (column < WINDOW_W)
-            real = inside & (key_y < height) & (key_x < width)
             key = tl.load(keys + HEADS * HEAD, mask=real[:, None], other=0.0)
             value = tl.load(keys + 2 * HEADS * HEAD, mask=real[:, None], other=0.0)
         # `down` is one value a query where the tile is one row: it shifts the maximum, not each score.
