@@ -4,7 +4,9 @@ import pytest
 import torch
 from tiny import tiny_llm
 
+from ocrmem.model import packed_pieces
 from ocrmem.model.packed_attention import PACKED
+from ocrmem.model.packed_pieces import attention_by_pieces, cudnn_runs
 from ocrmem.training.graphs import GraphedLayers
 
 WIDTH, ROW = 64, 256
@@ -82,3 +84,47 @@ def test_students_and_teachers_rows_do_not_disturb_each_other():
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(grad, expected_grad, rtol=5e-2, atol=1e-5)
     assert set(layers.graphs) == {(True, ROW), (False, ROW)}
+
+
+def states_of(size, heads, key_heads, width):
+    generator = torch.Generator("cuda").manual_seed(5)
+    return [torch.randn(size, n, width, device="cuda", generator=generator) for n in (heads, key_heads, key_heads)]
+
+
+def one_by_one(query, key, value, lengths):
+    """Each sample as a product of matrices, in the type of the arguments."""
+    outs = []
+    for parts in zip(*(tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)), strict=True):
+        query_HSW, *others = parts
+        key_HSW, value_HSW = (part.repeat_interleave(len(query_HSW) // len(part), 0) for part in others)
+        scores = query_HSW @ key_HSW.transpose(1, 2) * query.shape[-1] ** -0.5
+        scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), float("-inf"))
+        outs.append((scores.softmax(-1) @ value_HSW).transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("heads", [(32, 8, 128), (9, 3, 64)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(2048, 2048), (2048, 1920, 128), (1531, 77, 1903, 585), (1, 600, 3), (128,) * 8], ids=str
+)
+@pytest.mark.parametrize("cudnn", [True, False])
+def test_pieces_of_a_row_give_the_dense_numbers(monkeypatch, heads, lengths, cudnn):
+    if not cudnn:
+        monkeypatch.setattr(packed_pieces, "cudnn_runs", lambda *_: False)
+    exact = [tensor.requires_grad_() for tensor in states_of(sum(lengths), *heads)]
+    states = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    edges = torch.tensor([0, *lengths]).cumsum(0).int()
+    expected = one_by_one(*exact, lengths)
+    found, _ = attention_by_pieces(*states, edges.cuda(), edges, heads[2] ** -0.5)
+    weights = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, exact, weights)
+    grads = torch.autograd.grad(found, states, weights.bfloat16())
+    for one, wanted in zip((found, *grads), (expected, *expected_grads), strict=True):
+        distance = (one.float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+        assert float(distance) < 2e-2
+
+
+def test_cudnn_is_what_a_hopper_gpu_gets():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
+    assert cudnn_runs(torch.device("cuda:0"), torch.bfloat16, 32, 8, 128)

@@ -78,12 +78,13 @@ def test_what_a_row_holds():
     made[1]["labels"][0] = 5  # no prompt in front of it: nothing in the sample predicts it
     row = packer(pad_to_multiple_of=64)(made)
     assert set(row) == {
-        *("input_ids", "labels", "position_ids", "cu_seq_lens_q", "max_length_q", "target_index"),
+        *("input_ids", "labels", "position_ids", "cu_seq_lens_q", "max_length_q", "sample_lengths", "target_index"),
         *("pages", "page_keys", "page_num_tokens", "num_pages", "placeholder_index", "memory_index"),
     }
     assert row["cu_seq_lens_q"].tolist() == [0, 34, 44, 63, 122, 128]
     assert row["cu_seq_lens_q"].dtype == torch.int32
     assert row["max_length_q"] == 59
+    assert row["sample_lengths"] == [34, 10, 19, 59, 6]
     assert row["position_ids"][0, [0, 33, 34, 44, 122, 127]].tolist() == [0, 33, 0, 0, 0, 5]
     assert torch.equal(row["input_ids"][0, :122], torch.cat([sample["input_ids"] for sample in made]))
     assert (row["labels"] != -100).sum() == 3 + 4 + 2 + 7

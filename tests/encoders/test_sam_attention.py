@@ -63,6 +63,7 @@ KERNEL = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 from encoders.test_sam_attention import SHAPES, block, hidden
+from ocrmem.encoders import sam_attention_triton
 torch.set_grad_enabled(False)
 for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 2e-2)):
     for height, width, window in SHAPES:
@@ -75,6 +76,13 @@ for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 2e-2)):
         if window in (2, 3, 14):  # the cut windows' padding has this bias as its keys and values
             layer.attn.rel_pos_w.zero_()
             assert float((layer(values, "triton") - expected).float().abs().max() / scale) > 0.02
+kernel = sam_attention_triton._kernel
+for split in (2, 4):
+    kernel.configs = [sam_attention_triton.triton.Config({{"BLOCK_Q": 64, "SPLIT": split}})]
+    for height, width, window in ((16, 16, 14), (10, 10, 5)):
+        layer, values = block(window, 16), hidden(height, width)
+        apart = float((layer(values, "triton") - layer(values, "reference")).abs().max())
+        assert apart < 1e-4, (split, height, width, window, apart)
 layer, values = block(14, 16), hidden(16, 16)
 compiled = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
 for pages in (values, torch.cat([values, values])):  # the second time with a batch of any size
@@ -91,6 +99,29 @@ def test_the_kernel_gives_the_references_numbers():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout == "the same\n", done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter tries nothing out")
+@pytest.mark.parametrize(
+    ("side", "window", "splits"), [(64, 14, {1, 2, 4}), (64, 64, {1}), (80, 80, {1}), (32, 32, {1, 2}), (4, 4, {1})]
+)
+def test_which_sizes_of_tiles_are_tried(monkeypatch, side, window, splits):
+    """Through Triton's own autotuner, with nothing in place of the kernel."""
+    from ocrmem.encoders.sam_attention_triton import CONFIGS, _kernel, tiles
+
+    calls = []
+    monkeypatch.setattr(_kernel, "cache", {})
+    monkeypatch.setattr(_kernel.fn, "run", lambda *arguments, **options: calls.append(options))
+    monkeypatch.setitem(vars(_kernel), "do_bench", lambda call, quantiles: [call(), 1.0, 1.0, 1.0][1:])
+    sizes = tiles(side, side, (window, window))
+    _kernel[(1,)](*[torch.zeros(1)] * 5, side, side, 1, 1, 1.0, HEADS=1, HEAD=64, **sizes)
+    *tried, used = calls
+    assert {call["SPLIT"] for call in tried} == splits
+    assert len(tried) == (1 if side == 4 else sum(config.kwargs["SPLIT"] in splits for config in CONFIGS))
+    assert used == tried[0]
+    for call in tried:
+        assert sizes["JOINED"] % call["SPLIT"] == 0
 
 
 def test_what_cannot_run_falls_back(monkeypatch, caplog):

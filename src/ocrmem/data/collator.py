@@ -22,8 +22,9 @@ class MEMCollator:
     `num_pages` [B]. `MEMTrainer` turns pages and keys into features.
 
     A packed row has the samples one after the other, B = 1, and nothing is padded; none sees another: `position_ids`
-    [1, S] start anew with each, `cu_seq_lens_q` and `max_length_q` say so to kernels. It has no mask, and says
-    `target_index`, and with a memory `placeholder_index` and `memory_index`, as `MEMModel.forward` takes them.
+    [1, S] start anew with each, `cu_seq_lens_q`, `max_length_q` and the list `sample_lengths` say so to kernels. It
+    has no mask, and says `target_index`, and with a memory `placeholder_index` and `memory_index`, as
+    `MEMModel.forward` takes them.
 
     Raises:
         ConfigError: an unknown padding side, a multiple below 1, or packing without what it needs.
@@ -90,6 +91,7 @@ class MEMCollator:
             "position_ids": torch.cat(positions)[None],
             "cu_seq_lens_q": edges.to(torch.int32),
             "max_length_q": max(lengths),
+            "sample_lengths": lengths,
             "target_index": (labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0],
         }
         for number, sample in enumerate(samples):

@@ -6,7 +6,9 @@ registers, and of the row part a tile needs one value a query for each of its ro
 whole page.
 
 Padding: DeepSeek-OCR pads the last windows with zeros before the linear layer that makes queries, keys and values, so
-padded positions have that layer's bias as key and value, and are attended to like all others.
+padded positions have that layer's bias as key and value, and are attended to like all others. They are not put into
+the tiles, which the hardware copies past the registers: of a score their key is one value a query, and of the result
+their value counts as often as their weights add up to.
 
 The bias comes from a kernel of its own, which reads queries where they lie too.
 """
@@ -28,19 +30,26 @@ MIN_TILE = 64
 MIN_PRODUCT = 16
 """Side of the smallest product that tensor cores do."""
 CONFIGS = [
-    triton.Config({"BLOCK_Q": block}, num_warps=warps, num_stages=stages, maxnreg=registers)
-    for block, warps, stages, registers in ((64, 4, 2, None), (64, 4, 3, None), (128, 8, 3, None), (128, 8, 2, 128))
-]
-"""Queries of a tile, warps, pipeline stages and registers that are tried at the first use; the fastest stays."""
+    triton.Config({"BLOCK_Q": block, "SPLIT": split}, num_warps=warps, num_stages=stages, maxnreg=registers)
+    for block, split, warps, stages, registers in (
+        (64, 1, 4, 2, None), (64, 1, 4, 3, None), (64, 1, 4, 2, 128), (64, 2, 4, 2, 128), (64, 2, 4, 3, 128),
+        (64, 4, 4, 2, None), (64, 4, 4, 3, None), (128, 1, 8, 3, None), (128, 1, 8, 2, 128), (128, 2, 8, 2, 128),
+    )
+]  # fmt: skip
+"""Queries of a tile, parts of a tile of keys, warps, pipeline stages and registers that are tried at the first use; the
+fastest stays."""
 BLOCK_LINE = 64
 """Queries of a row or column whose bias is made at once."""
 FEW_POSITIONS = 256
 """A page of fewer positions is a trial whether the kernel runs: nothing is tried out for it."""
 
 
-def worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+def worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
     """The configs to time for these arguments of the kernel."""
-    return configs[:1] if arguments["height"] * arguments["width"] < FEW_POSITIONS else configs
+    if arguments["height"] * arguments["width"] < FEW_POSITIONS:
+        return configs[:1]
+    rows, columns = constants["JOINED"], constants["COLUMNS"]
+    return [c for c in configs if c.kwargs["SPLIT"] == 1 or rows // c.kwargs["SPLIT"] * columns >= MIN_PRODUCT]
 
 
 @triton.autotune(
@@ -52,9 +61,10 @@ def worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **_: A
 def _kernel(
     qkv, qkv_bias, bias_h, bias_w, out, height, width, windows_across, num_windows, scale,
     HEADS: tl.constexpr, HEAD: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_Q: tl.constexpr,
+    COLUMNS: tl.constexpr, JOINED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_Q: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """WHOLE: tiles and windows fill the page exactly, so that no key needs a mask."""
+    ROWS: tl.constexpr = JOINED // SPLIT
     NUM_BLOCKS: tl.constexpr = (WINDOW_H * WINDOW_W + BLOCK_Q - 1) // BLOCK_Q
     block, group = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS
     head, window = group % HEADS, (group // HEADS) % num_windows
@@ -63,10 +73,14 @@ def _kernel(
     row_stride = 3 * HEADS * HEAD
     channel = tl.arange(0, HEAD)
 
+    rows, columns = WINDOW_H, WINDOW_W
+    if not WHOLE:  # of a cut window the queries inside the page are counted alone: fewer tiles have any
+        rows, columns = tl.minimum(rows, height - top), tl.minimum(columns, width - left)
+        if block * BLOCK_Q >= rows * columns:
+            return
     place_q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    y, x = top + place_q // WINDOW_W, left + place_q % WINDOW_W
-    valid = (place_q < WINDOW_H * WINDOW_W) & (y < height) & (x < width)
-    position = y * width + x
+    valid = place_q < rows * columns
+    position = (top + place_q // columns) * width + left + place_q % columns
     page_qkv = qkv + page * height * width * row_stride + head * HEAD
     query = tl.load(page_qkv + position[:, None] * row_stride + channel[None, :], mask=valid[:, None], other=0.0)
 
@@ -80,6 +94,11 @@ def _kernel(
         other=0.0,
     ).to(tl.float32) * LOG2  # fmt: skip
     down = bias_h + page_head * WINDOW_H * height * width + position
+    padded_weight = tl.zeros([BLOCK_Q], tl.float32)
+    padded_score = tl.zeros([BLOCK_Q], tl.float32)
+    if not WHOLE:
+        padded_key = tl.load(qkv_bias + (HEADS + head) * HEAD + channel).to(tl.float32)
+        padded_score = tl.sum(query.to(tl.float32) * padded_key[None, :], 1) * scale
 
     top_score = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -87,17 +106,14 @@ def _kernel(
     for first in range(0, WINDOW_H, ROWS):
         key_y, key_x = top + first + row, left + column
         keys = page_qkv + (key_y * width + key_x)[:, None] * row_stride + channel[None, :]
+        inside = (first + row < WINDOW_H) & (column < WINDOW_W)
+        real = inside & (key_y < height) & (key_x < width)
         if WHOLE:
             key = tl.load(keys + HEADS * HEAD)
             value = tl.load(keys + 2 * HEADS * HEAD)
         else:
-            real = (first + row < WINDOW_H) & (column < WINDOW_W) & (key_y < height) & (key_x < width)
-            key_bias = tl.load(qkv_bias + (HEADS + head) * HEAD + channel)
-            value_bias = tl.load(qkv_bias + (2 * HEADS + head) * HEAD + channel)
             key = tl.load(keys + HEADS * HEAD, mask=real[:, None], other=0.0)
             value = tl.load(keys + 2 * HEADS * HEAD, mask=real[:, None], other=0.0)
-            key = tl.where(real[:, None], key, key_bias[None, :])
-            value = tl.where(real[:, None], value, value_bias[None, :])
         # `down` is one value a query where the tile is one row: it shifts the maximum, not each score.
         shift = tl.zeros([BLOCK_Q], tl.float32)
         bias = across
@@ -112,14 +128,20 @@ def _kernel(
             bias = across + tile.to(tl.float32) * LOG2
         score = tl.dot(query, tl.trans(key)) * scale + bias
         if not WHOLE:
-            inside = (first + row < WINDOW_H) & (column < WINDOW_W)
+            score = tl.where(real[None, :], score, score + padded_score[:, None])
             score = tl.where(inside[None, :], score, float("-inf"))
         new_top = tl.maximum(top_score, tl.max(score, 1) + shift)
         weight = tl.exp2(score - (new_top - shift)[:, None])
         shrink = tl.exp2(top_score - new_top)
         total = total * shrink + tl.sum(weight, 1)
+        if not WHOLE:
+            padded = tl.where((inside & ((key_y >= height) | (key_x >= width)))[None, :], weight, 0.0)
+            padded_weight = padded_weight * shrink + tl.sum(padded, 1)
         result = result * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
         top_score = new_top
+    if not WHOLE:
+        padded_value = tl.load(qkv_bias + (2 * HEADS + head) * HEAD + channel).to(tl.float32)
+        result += padded_weight[:, None] * padded_value[None, :]
     result = result / total[:, None]
     target = out + ((page * height * width + position[:, None]) * HEADS + head) * HEAD + channel[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=valid[:, None])
@@ -216,4 +238,4 @@ def tiles(height: int, width: int, window: tuple[int, int]) -> dict[str, int | b
     padded = triton.next_power_of_2(columns)
     joined = max(1, min(MIN_TILE // padded, triton.next_power_of_2(rows)), MIN_PRODUCT // padded)
     whole = padded == columns and rows % joined == 0 and height % rows == 0 and width % columns == 0
-    return {"WINDOW_H": rows, "WINDOW_W": columns, "COLUMNS": padded, "ROWS": joined, "WHOLE": whole}
+    return {"WINDOW_H": rows, "WINDOW_W": columns, "COLUMNS": padded, "JOINED": joined, "WHOLE": whole}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -159,6 +159,7 @@ class MEMModel(PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         max_length_q: int | None = None,
+        sample_lengths: Sequence[int] | None = None,
         placeholder_index: torch.Tensor | None = None,
         memory_index: torch.Tensor | None = None,
         target_index: torch.Tensor | None = None,
@@ -188,6 +189,7 @@ class MEMModel(PreTrainedModel):
             cu_seq_lens_q: int32 [samples + 1], where the samples of one packed row (B = 1) begin, and S at the end;
                 with `position_ids`.
             max_length_q: positions of the longest sample of a packed row.
+            sample_lengths: positions of each sample of a packed row; with them attention may use a faster kernel.
             placeholder_index: int64 [M], where the placeholders stand (sample × S + position), with
             memory_index: int64 [M], the memory token of each (page × V + its number on the page). A collator that
                 gives them has checked them, and the host need not wait for the GPU to count.
@@ -246,6 +248,8 @@ class MEMModel(PreTrainedModel):
             }
             if embeds_BSD.is_cuda and self.base_llm_model.config._attn_implementation == PACKED:
                 attention_mask = unused_mask(embeds_BSD.device)
+                if sample_lengths is not None:
+                    packing["host_edges"] = torch.tensor([0, *sample_lengths]).cumsum(0).int()
             elif self.position_stride > 1:
                 attention_mask = packed_mask(cu_seq_lens_q, embeds_BSD)
         run_llm = functools.partial(

@@ -2,8 +2,9 @@
 
 Registered with transformers as `packed`, so `llm.attn_implementation: packed` selects it. It runs PyTorch's own
 variable-length FlashAttention (`torch.nn.attention.varlen`), which reads where samples begin from `cu_seq_lens_q`, the
-argument that transformers' own `flash_attention_2` takes, and needs no package besides torch. A batch without it, as in
-`generate`, goes through SDPA.
+argument that transformers' own `flash_attention_2` takes, and needs no package besides torch. Where the samples' edges
+are known on the host too, long samples go through a faster kernel, if there is one (`packed_pieces`). A batch without
+edges, as in `generate`, goes through SDPA.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from ocrmem.model.packed_pieces import attention_by_pieces
 
 PACKED = "packed"
 """Name of the attention implementation."""
@@ -38,6 +41,7 @@ def packed_attention(
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    host_edges: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sample of a packed row.
@@ -46,6 +50,7 @@ def packed_attention(
         query: [1, heads, S, width]; key and value may have fewer heads, a divisor of the query's.
         cu_seq_lens_q: int32 [samples + 1], where each sample begins, and S at the end; None: plain SDPA.
         max_length_q: positions of the longest sample.
+        host_edges: `cu_seq_lens_q` on the host, where it is known.
 
     Returns:
         [1, S, heads, width], and None for the attention weights.
@@ -55,6 +60,9 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     query_SHW, key_SHW, value_SHW = (states[0].transpose(0, 1) for states in (query, key, value))
+    if host_edges is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attention_by_pieces(query_SHW, key_SHW, value_SHW, cu_seq_lens_q, host_edges, scale)[0][None], None
     options: dict[str, Any] = {}
     if "enable_gqa" in _PARAMETERS:  # before, fewer heads of keys than of queries are taken without being told
         options["enable_gqa"] = query_SHW.shape[1] != key_SHW.shape[1]
