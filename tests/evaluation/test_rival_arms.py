@@ -288,3 +288,26 @@ def test_the_option_is_a_kind_and_a_folder(values):
 def test_a_kind_is_given_once():
     with pytest.raises(ConfigError, match="convolution was given already, as 'a'; give it once"):
         parse_rivals(["convolution=a", "convolution=b"])
+
+
+def test_what_a_stopped_run_measured_is_taken_over(folders, tmp_path, monkeypatch):
+    output = tmp_path / "results.json"
+    unfinished = tmp_path / "results.json.unfinished"
+
+    def run(parts):
+        monkeypatch.setattr("ocrmem.evaluation.run.EvalSettings", lambda **_: dataclasses.replace(SMALL, parts=parts))
+        given = ["eval", str(folders / "memory"), "--parts", ",".join(parts), "--output", str(output)]
+        return CliRunner().invoke(app, given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ocrmem.evaluation.run._Run.using", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(("reading", "using")).exit_code != 0
+    assert not output.exists()
+    reading = json.loads(unfinished.read_text())["reading"]
+    assert reading
+    done = run(("using",))
+    assert done.exit_code == 0, done.output
+    results = json.loads(output.read_text())
+    assert results["reading"] == reading
+    assert results["using"]
+    assert not unfinished.exists()

@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import json
 import shutil
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -22,14 +20,13 @@ from ocrmem.data.conversations import read_conversations
 from ocrmem.data.processor import MEMProcessor
 from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import ConfigError, DataError, SpliceError
-from ocrmem.memory.history import history_text
 from ocrmem.model.adapter import read_manifest
 from ocrmem.model.llm import load_tokenizer
 from ocrmem.model.packed_attention import PACKED
 from ocrmem.render.renderer import Renderer
 from ocrmem.training.build import find_data, training_arguments
 from ocrmem.training.build_objectives import samplers
-from ocrmem.training.corpus import conversation_document, lexicon_documents, read_corpus, vocabulary_words
+from ocrmem.training.corpus import conversation_document
 from ocrmem.training.objectives import FORWARD_KEYS, distillation_loss, text_features, varying_share
 from ocrmem.training.optimizer import MuonAdamW
 from ocrmem.training.packing import PackedRows, fill, pack, token_slots
@@ -423,40 +420,6 @@ def test_muon_learns_and_resumes():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
     schedule.step()
     assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.01}
-
-
-def test_corpora(tmp_path):
-    path = tmp_path / "prose.jsonl"
-    path.write_text("".join(json.dumps({"id": str(i), "text": PROSE}) + "\n" for i in range(5)), encoding="utf-8")
-    documents = read_corpus(path, max_chars=2 * len(PROSE))
-    assert len(documents) == 2
-    with pytest.raises(DataError, match="cannot be read"):
-        read_corpus(tmp_path / "none.jsonl")
-
-
-def test_the_lexicon_has_the_whole_vocabulary_and_the_rare_words_of_the_corpora(frame):
-    common = BankDocument("a", "the " * 4000 + "quetzalcoatl " * 40)
-    documents = lexicon_documents([common], frame.chat_format.tokenizer, 20.0)
-    words = Counter(word.strip(',.;:?!)"') for document in documents for word in document.text.split())
-    assert all(document.shuffled for document in documents)
-    assert sum(len(document.text) for document in documents) >= 20 * len(common.text)
-    # 4,000 to 40 in the text, 10 to 1 here
-    assert 5 < words["the"] / words["quetzalcoatl"] < 20
-    begins, continues = vocabulary_words(frame.chat_format.tokenizer)
-    assert {"house", "Paris"} <= set(begins)
-    assert "ing" in continues
-    assert len({word for word in begins if words[word]}) > 0.3 * len(begins)  # 15,000 draws of 32,000
-    assert any(word.isdigit() for word in words)
-    again = lexicon_documents([common], frame.chat_format.tokenizer, 20.0)
-    assert [document.text for document in again] == [document.text for document in documents]
-
-
-def test_a_conversation_is_drawn_as_its_history_is():
-    (conversation,) = read_conversations(find_data("chitchat/heldout.jsonl"), max_conversations=1).conversations
-    document = conversation_document(conversation)
-    assert document.text == history_text(conversation.messages)
-    assert [document.text[start:end] for _, start, end in document.turns] == [m.content for m in conversation.messages]
-    assert all(document.text[cut - 1] == "\n" for cut in document.cuts)
 
 
 CONFIG = {

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Evaluate on held-out text only, and write a results file.
 
-    What is done so far is kept beside it as `….json.unfinished`.
+    What is done so far is kept beside it as `….json.unfinished`, and a later run of some parts takes it over.
 
     `python -m ocrmem.evaluation.report` makes the page and the plots of all results files.
     """
@@ -73,8 +73,14 @@ def command(
     path = output or Path("results/fidelity") / f"{adapter.name}.json"
     unfinished = path.with_name(f"{path.name}.unfinished")
     before = None
-    if set(settings.parts) != set(PARTS) and path.exists():
-        before = read_file(path)
+    if set(settings.parts) != set(PARTS):
+        for kept in filter(Path.exists, (path, unfinished)):  # what was measured before this run was stopped stays
+            found = read_file(kept)
+            before = found if before is None else merge_results(before, found, source=str(path))
+
+    def whole(results: dict[str, Any]) -> dict[str, Any]:
+        return results if before is None else merge_results(before, results, source=str(path))
+
     console = _stderr()
     lines = None if console.is_terminal else _Lines()
     with Progress(console=console, transient=True, disable=lines is not None) as bars:
@@ -92,10 +98,9 @@ def command(
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype),
             progress=progress,
-            keep=lambda found: write_text(unfinished, json.dumps(found, indent=1) + "\n"),
+            keep=lambda found: write_text(unfinished, json.dumps(whole(found), indent=1) + "\n"),
         )
-    whole = results if before is None else merge_results(before, results, source=str(path))
-    write_text(path, json.dumps(whole, indent=1) + "\n")
+    write_text(path, json.dumps(whole(results), indent=1) + "\n")
     unfinished.unlink(missing_ok=True)
     if as_json:
         print(json.dumps(results))

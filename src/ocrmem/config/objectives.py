@@ -70,6 +70,8 @@ class ObjectiveSettings:
     """Further documents for reconstruction, as a share of the corpora's characters, made of random words: from the
     corpora with rare ones as often as the square root of their frequency says, from the LLM's whole vocabulary, and
     figures. What no language model can guess has to be read."""
+    shifts: int = 0
+    """Copies of the corpora that begin some words or turns later, so that other characters share a memory token."""
     warm_start_steps: int = 300
     """Steps, before the first stage, that bring each memory token near the mean embedding of the text tokens that it
     covers; the LLM does not run."""
@@ -95,8 +97,10 @@ class ObjectiveSettings:
             raise ConfigError(f"objectives.features={self.features!r}: expected one of {', '.join(FEATURES)}.")
         if self.packed_length < 512:
             raise ConfigError(f"objectives.packed_length={self.packed_length}: expected 512 or more positions.")
-        if self.warm_start_steps < 0 or self.log_memory_steps < 1:
-            raise ConfigError("objectives: expected warm_start_steps of 0 or more and log_memory_steps of 1 or more.")
+        if self.warm_start_steps < 0 or self.shifts < 0 or self.log_memory_steps < 1:
+            raise ConfigError(
+                "objectives: expected warm_start_steps and shifts of 0 or more and log_memory_steps of 1 or more."
+            )
 
     @property
     def total_steps(self) -> int:

@@ -58,6 +58,8 @@ class BankDocument:
     """Conversations: role, first character of the turn's content, one past its last."""
     shuffled: bool = False
     """Its words are in no order, so that nothing but their reading can be asked for."""
+    copied: bool = False
+    """A part of another document, which is in the bank too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +107,8 @@ class Bank:
         )
 
     def hashes(self) -> list[str]:
-        """`document_hash` of every document."""
-        return [document_hash(document.text) for document in self.documents]
+        """`document_hash` of every document that is no part of another."""
+        return [document_hash(document.text) for document in self.documents if not document.copied]
 
     def token_range(self, document: int, start: int, end: int) -> tuple[int, int]:
         """Tokens that begin within the characters [start, end)."""

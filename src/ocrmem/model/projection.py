@@ -23,12 +23,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError, SpliceError
 
 ROTARY_BASE = 100.0
 """Base of the rotary angles (Su et al. 2021, who have 10,000): what is read together is a few tokens apart."""
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Attention without cuDNN's kernel, which the host sets up anew for every number of pages, 7 ms each."""
 
 
 class Projection(nn.Module):
@@ -186,7 +190,8 @@ class PageAttentionLayer(nn.Module):
         qkv = self.qkv(self.norm1(hidden_PVD)).view(pages, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         query, key = turned(query, rotary_2VH), turned(key, rotary_2VH)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_P11V)
+        with sdpa_kernel(KERNELS):
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_P11V)
         hidden_PVD = hidden_PVD + self.out(attended.transpose(1, 2).reshape(pages, tokens, width))
         return hidden_PVD + self.mlp2(F.gelu(self.mlp1(self.norm2(hidden_PVD))))
 

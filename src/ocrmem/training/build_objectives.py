@@ -20,7 +20,7 @@ from ocrmem.encoders.pp_ocr import PPOCREncoder
 from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import ConfigError, DataError
 from ocrmem.training.build import build_model, feature_folder, find_data, training_arguments
-from ocrmem.training.corpus import lexicon_documents, read_corpora
+from ocrmem.training.corpus import lexicon_documents, read_corpora, shifted_documents
 from ocrmem.training.objectives import FeatureSource, ObjectiveTrainer
 from ocrmem.training.packing import PackedRows, fill
 from ocrmem.training.rivals import RivalEncoder
@@ -142,7 +142,8 @@ def corpus_bank(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> Bank:
-    """Corpora drawn, encoded and tokenised as a run of this config needs them; those of training with the lexicon.
+    """Corpora drawn, encoded and tokenised as a run of this config needs them; those of training with their
+    copies and the lexicon.
 
     Args:
         paths: `objectives.corpora`, or files for evaluation.
@@ -152,8 +153,9 @@ def corpus_bank(
     settings = config.objectives
     assert settings is not None
     documents: list[BankDocument] = read_corpora([find_data(path) for path in paths], max_chars=max_chars)
-    if paths == settings.corpora and settings.lexicon:
-        documents += lexicon_documents(documents, tokenizer, settings.lexicon)
+    if paths == settings.corpora:
+        documents += shifted_documents(documents, settings.shifts)
+        documents += lexicon_documents(documents, tokenizer, settings.lexicon) if settings.lexicon else []
     log.info("%d documents, %d characters", len(documents), sum(len(document.text) for document in documents))
     folder = feature_folder(config)
     return build_bank(

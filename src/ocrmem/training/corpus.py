@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 CUTS = 8
 """Places in each conversation where a history may end for the `reply` task."""
+SHIFT_CHARS, SHIFT_TURNS = 160, 4
+"""The most characters of prose, and turns of a conversation, that a copy begins later; both are more than a line."""
 LEXICON_WORDS = 320
 """Words of one document of the lexicon, about 2,000 characters."""
 LEXICON_SHARES = (0.45, 0.3, 0.1, 0.15)
@@ -30,6 +33,7 @@ LINE_END_SHARE = 0.02
 """Of its words, those that end a line."""
 LONGEST_WORD = 24
 """Characters; a longer word is a URL or an accident."""
+_SPACE = re.compile(r"\s+(?=\S)")
 _MARKS = ("", ",", ".", ";", ":", "?", "!", ")", '"', "...")
 _MARK_SHARES = (0.82, 0.07, 0.05, 0.01, 0.01, 0.01, 0.01, 0.005, 0.01, 0.005)
 
@@ -75,6 +79,27 @@ def conversation_document(conversation: Conversation) -> BankDocument:
 def read_corpora(paths: Sequence[Path], *, max_chars: int | None = None, seed: int = 0) -> list[BankDocument]:
     """`read_corpus` of several files, one after the other."""
     return [document for path in paths for document in read_corpus(path, max_chars=max_chars, seed=seed)]
+
+
+def shifted_documents(documents: Sequence[BankDocument], copies: int, *, seed: int = 0) -> list[BankDocument]:
+    """Copies of documents that begin at a later word, or turn, of the document, drawn anew for each copy.
+
+    A page cuts a text into memory tokens by its pixels, so that every copy is cut elsewhere. A document of one word or
+    of two turns has none.
+    """
+    rng = np.random.default_rng([seed, 2])
+    made = []
+    for document in list(documents) * copies:
+        if document.turns:
+            starts = [end + 1 for _, _, end in document.turns[:-2]][:SHIFT_TURNS]
+        else:
+            starts = [match.end() for match in _SPACE.finditer(document.text[:SHIFT_CHARS])]
+        if starts:
+            start = starts[int(rng.integers(len(starts)))]
+            cuts = tuple(cut - start for cut in document.cuts if cut > start)
+            turns = tuple((role, begin - start, end - start) for role, begin, end in document.turns if begin >= start)
+            made.append(BankDocument(document.id, document.text[start:], cuts=cuts, turns=turns, copied=True))
+    return made
 
 
 def lexicon_documents(
