@@ -89,8 +89,8 @@ def write(folder, **files):
 def test_the_page_shows_every_figure(tmp_path):
     folder = write(tmp_path / "results", b=results(), a=results("near-four", 3.5))
     text = page(read_results(folder))
-    assert text.index("## near-four") < text.index("## near-two")
-    assert "| near-two | 1.75× | 120,000 | 2026-03-04 | 2 | H100 \\| 80 GB |" in text
+    assert text.index("## a\n") < text.index("## b\n")
+    assert "| b | near-two | 1.75× | 120,000 | 2026-03-04 | 2 | H100 \\| 80 GB |" in text
     assert "| prose | 1,024 | memory | 1.75× | 1,234 | 0.875 [0.855, 0.895] | 0.125 [0.105, 0.145] | – |" in text
     row = "| {} | 200 | 301 | 2.500 [2.480, 2.520] | {} | – | 0.250 [0.230, 0.270] | 0.500 [0.480, 0.520] |"
     assert row.format("memory", "0.600 [0.580, 0.620] | –") in text

@@ -5,8 +5,8 @@ results/fidelity/*.json ─▶ check_schema ─┬─▶ docs/fidelity.md
 results/{training,ablation}/*.json ──────┴─▶ docs/fidelity/*.svg
 ```
 
-One file holds one evaluation of one adapter. The same files give the same page and plots, byte for byte, with the same
-version of matplotlib.
+One file holds one evaluation of one adapter on one device; an adapter may have several files. The same files give the
+same page and plots, byte for byte, with the same version of matplotlib.
 """
 
 from __future__ import annotations
@@ -244,11 +244,12 @@ def page(results: Sequence[Results]) -> str:
         "probes a question of cued recall or cloze has a worked example before it, the same for every arm.",
         "",
         *_table(
-            ["adapter", "compression ratio", "steps", "evaluated", "probes", "device"],
+            ["results", "adapter", "compression ratio", "steps", "evaluated", "probes", "device"],
             [
                 [
+                    r.name,
                     a["name"],
-                    f"{a['memory_ratio']:.2f}×",
+                    f"{a['memory_ratio']:.2f}×" if r.data["reading"] else "–",
                     f"{a['steps']:,}",
                     r.data["created"],
                     str(r.data["probes"]),
@@ -269,7 +270,7 @@ def _section(results: Results) -> list[str]:
     data = results.data
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     made = f"Seeds {', '.join(map(str, data['seeds']))}; {versions}."
-    lines = [f"## {data['adapter']['name']}", "", "```bash", data["command"], "```", "", made, ""]
+    lines = [f"## {results.name}", "", "```bash", data["command"], "```", "", made, ""]
     if data["reading"]:
         lines += ["### Reading", "", *_reading_table(data["reading"]), ""]
     if data["using"]:
