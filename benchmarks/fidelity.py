@@ -37,14 +37,13 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no-gain": ("projection.gain=false",),
     "no-merge": ("projection.merge=false",),
     "no-merged-layers": ("projection.merged_layers=0",),
-    "no-noise": ("noise=0",),
     "adamw": ("optimizer=null", "training.learning_rate=1.0e-3"),
     "no-distillation": ("distillation=0",),
     "reconstruction-alone": ("tasks=reconstruction",),
     "no-curriculum": ("stages=last",),
 }
 """What is left out, as overrides of the 2x config; those of `CURRICULUM` change its stages."""
-CURRICULUM = ("distillation", "noise", "tasks", "stages")
+CURRICULUM = ("distillation", "tasks", "stages")
 ABLATION_SCALE = 0.2
 """Steps of an ablation, as a share of the whole recipe's."""
 
@@ -85,8 +84,6 @@ def shorter(ratio: str, overrides: tuple[str, ...], scale: float) -> tuple[str, 
         stage["steps"] = max(1, round(stage["steps"] * scale))
         if "distillation=0" in overrides:
             stage["distillation"] = 0.0
-        if "noise=0" in overrides:
-            stage["noise"] = 0.0
         if "tasks=reconstruction" in overrides:
             stage["tasks"] = {"reconstruction": 1.0}
     warm = [f"objectives.warm_start_steps={round(config.objectives.warm_start_steps * scale)}"]

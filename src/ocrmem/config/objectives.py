@@ -31,9 +31,6 @@ class Stage:
     """Shares of the samples and of the loss, by task: `reconstruction` (repeat the text), `continuation` (what
     follows), `recall` (what came after a quoted half sentence), `cloze` (fill a gap), `reply` (an assistant's turn in
     a conversation). They need not add up to 1."""
-    noise: float = 0.0
-    """Share of a repeated text's tokens in whose place the LLM reads another of them in its own reply; the labels stay
-    right. So the memory learns to go on after a word that was misread, which teacher-forced text never asks for."""
     distillation: float = 0.0
     """Weight of the KL divergence from the same frozen LLM with the full text, on continuation and reply."""
 
@@ -50,8 +47,6 @@ class Stage:
             raise ConfigError(f"a stage has unknown tasks {sorted(unknown)}; the tasks are {', '.join(TASKS)}.")
         if not any(share > 0 for share in self.tasks.values()) or any(share < 0 for share in self.tasks.values()):
             raise ConfigError(f"a stage has tasks={dict(self.tasks)}: expected shares of 0 or more, one above 0.")
-        if not 0 <= self.noise < 1:
-            raise ConfigError(f"a stage has noise={self.noise}: expected a share, 0 or more and below 1.")
         if self.distillation < 0:
             raise ConfigError(f"a stage has distillation={self.distillation}: expected 0 or more.")
 

@@ -6,7 +6,6 @@ any number of loader processes draws the same ones.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,8 +69,6 @@ class PackedRows(Dataset[dict[str, Any]]):
         if stage is None:
             return self._memory_alone(sampler, rng, drawn, pieces)
         samples = fill(lambda: sampler.sample(rng, drawn), self.settings.packed_length)
-        if stage.noise:
-            samples = [led_astray(sample, stage.noise, rng) for sample in samples]
         batch = self.pack(samples, pieces, shares=drawn.tasks)
         batch["distillation"] = stage.distillation
         return batch
@@ -131,18 +128,6 @@ class PackedRows(Dataset[dict[str, Any]]):
         )
         batch["pieces"] = pieces
         return batch
-
-
-def led_astray(sample: Sample, share: float, rng: np.random.Generator) -> Sample:
-    """A reconstruction in which about `share` of the reply's tokens are others of it, as after a word that was misread;
-    `label_ids_T` keeps the right ones. Other tasks come back as they are."""
-    reply_N = np.flatnonzero(sample.labelled_T)[:-1]  # without the end of the turn
-    wrong_N = reply_N[rng.random(len(reply_N)) < share]
-    if sample.task != "reconstruction" or not len(wrong_N):
-        return sample
-    ids_T = sample.input_ids_T.copy()
-    ids_T[wrong_N] = sample.input_ids_T[rng.choice(reply_N, size=len(wrong_N))]
-    return dataclasses.replace(sample, input_ids_T=ids_T, label_ids_T=sample.input_ids_T)
 
 
 def teacher_length(length: int) -> int:
@@ -209,7 +194,6 @@ def pack(
         pad_token_id,
         memory_token_id=memory_token_id,
         position_stride=position_stride,
-        labels=[sample.input_ids_T if sample.label_ids_T is None else sample.label_ids_T for sample in samples],
     )
     memory = memory_part([sample.units for sample in samples], bank, features=features, pieces=pieces)
     tokens, width = memory["page_num_tokens"].tolist(), memory["units"].shape[1]
@@ -284,18 +268,16 @@ def _row(
     *,
     memory_token_id: int,
     position_stride: int = 1,
-    labels: Sequence[np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """`pieces` are ids and whether each is a label, sample by sample; `labels` the labels' own ids, where they are
-    others."""
+    """`pieces` are ids and whether each is a label, sample by sample."""
     input_ids = np.full(length, pad_token_id, dtype=np.int64)
     label_ids = np.full(length, IGNORE_INDEX, dtype=np.int64)
     positions = np.zeros(length, dtype=np.int64)
     edges = [0]
-    for number, (ids_T, labelled_T) in enumerate(pieces):
+    for ids_T, labelled_T in pieces:
         begin, end = edges[-1], edges[-1] + len(ids_T)
         input_ids[begin:end] = ids_T
-        label_ids[begin:end][labelled_T] = (ids_T if labels is None else labels[number])[labelled_T]
+        label_ids[begin:end][labelled_T] = ids_T[labelled_T]
         positions[begin:end] = positions_after(torch.from_numpy(ids_T == memory_token_id), position_stride).numpy()
         edges.append(end)
     if edges[-1] < length:  # what is left over is a sample of its own, without labels

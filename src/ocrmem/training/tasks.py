@@ -87,8 +87,6 @@ class Sample:
     teacher_ids_T: np.ndarray | None = None
     """The same prompt with the text in place of the memory, where the task is distilled."""
     teacher_labelled_T: np.ndarray | None = None
-    label_ids_T: np.ndarray | None = None
-    """int64: the right tokens where some of `input_ids_T` are wrong on purpose."""
 
 
 class Frame:
