@@ -82,6 +82,11 @@ def command(
     def whole(results: dict[str, Any]) -> dict[str, Any]:
         return results if before is None else merge_results(before, results, source=source)
 
+    def keep(results: dict[str, Any]) -> None:
+        found = whole(results)
+        if found["reading"] or found["using"]:
+            write_text(unfinished, json.dumps(found, indent=1) + "\n")
+
     console = _stderr()
     lines = None if console.is_terminal else _Lines()
     with Progress(console=console, transient=True, disable=lines is not None) as bars:
@@ -99,7 +104,7 @@ def command(
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype),
             progress=progress,
-            keep=lambda found: write_text(unfinished, json.dumps(whole(found), indent=1) + "\n"),
+            keep=keep,
         )
     write_text(path, json.dumps(whole(results), indent=1) + "\n")
     unfinished.unlink(missing_ok=True)
