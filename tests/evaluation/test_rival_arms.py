@@ -302,8 +302,13 @@ def test_what_a_stopped_run_measured_is_taken_over(folders, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr("ocrmem.evaluation.run._Run.using", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(("reading", "using")).exit_code != 0
+        stopped = unfinished.read_text()
+        unfinished.write_text(json.dumps({**json.loads(stopped), "device": "another"}))
+        refused = run(("using",))  # before anything is measured
+        assert f"{unfinished} holds an evaluation with device another" in f"{refused.output} {refused.exception}"
+        unfinished.write_text(stopped)
     assert not output.exists()
-    reading = json.loads(unfinished.read_text())["reading"]
+    reading = json.loads(stopped)["reading"]
     assert reading
     done = run(("using",))
     assert done.exit_code == 0, done.output

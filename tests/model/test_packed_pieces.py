@@ -107,6 +107,14 @@ def test_every_row_and_its_gradients(kernels, lengths):
         torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("lengths", [(3, 520, 7), (512, 512, 9)], ids=str)
+def test_the_operator_is_what_it_says_to_torch(kernels, lengths):
+    """Its schema, shapes, aliases and gradients, of inputs that are not contiguous."""
+    states = [part.detach().transpose(0, 1).contiguous().transpose(0, 1) for part in leaves(sum(lengths))]
+    edges = edges_of(lengths)
+    torch.library.opcheck(attention_by_pieces, (*(part.requires_grad_() for part in states), edges, edges, SCALE))
+
+
 def test_compiled_layers_take_rows_of_any_lengths(kernels):
     torch._dynamo.reset()
 

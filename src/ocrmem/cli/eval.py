@@ -73,13 +73,19 @@ def command(
     path = output or Path("results/fidelity") / f"{adapter.name}.json"
     unfinished = path.with_name(f"{path.name}.unfinished")
     before = None
-    if set(settings.parts) != set(PARTS):
-        for kept in filter(Path.exists, (path, unfinished)):  # what was measured before this run was stopped stays
-            found = read_file(kept)
-            before = found if before is None else merge_results(before, found, source=str(path))
+    kept = [] if set(settings.parts) == set(PARTS) else [file for file in (path, unfinished) if file.exists()]
+    source = " and ".join(map(str, kept))
+    for file in kept:  # what was measured before this run, and before one that was stopped, stays
+        found = read_file(file)
+        before = found if before is None else merge_results(before, found, source=source)
 
     def whole(results: dict[str, Any]) -> dict[str, Any]:
-        return results if before is None else merge_results(before, results, source=str(path))
+        return results if before is None else merge_results(before, results, source=source)
+
+    def keep(results: dict[str, Any]) -> None:
+        found = whole(results)
+        if found["reading"] or found["using"]:
+            write_text(unfinished, json.dumps(found, indent=1) + "\n")
 
     console = _stderr()
     lines = None if console.is_terminal else _Lines()
@@ -98,7 +104,7 @@ def command(
             device=device,
             dtype=None if dtype is None else getattr(torch, dtype),
             progress=progress,
-            keep=lambda found: write_text(unfinished, json.dumps(whole(found), indent=1) + "\n"),
+            keep=keep,
         )
     write_text(path, json.dumps(whole(results), indent=1) + "\n")
     unfinished.unlink(missing_ok=True)

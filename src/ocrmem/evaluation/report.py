@@ -244,7 +244,7 @@ def page(results: Sequence[Results]) -> str:
         "probes a question of cued recall or cloze has a worked example before it, the same for every arm.",
         "",
         *_table(
-            ["results", "adapter", "compression ratio", "steps", "evaluated", "probes", "device"],
+            ["results", "adapter", "compression ratio", "steps", "evaluated", "probes, version", "device"],
             [
                 [
                     r.name,

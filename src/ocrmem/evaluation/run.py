@@ -100,8 +100,8 @@ def evaluate(
 
     Args:
         rivals: folders of trained rivals by kind; each is an arm.
-        keep: called after each length and each task with the results so far, so that a run that is stopped loses one
-            of them at most.
+        keep: called with the results so far after each length and each task, so that a run that is stopped loses one
+            of them at most; and before the first, so that what cannot be kept fails before it is measured.
 
     Returns:
         The results file's content, by `report.SCHEMA`.
@@ -150,6 +150,7 @@ def evaluate(
         about["adapter"]["memory_ratio"] = statistics.fmean(run.ratios) if run.ratios else 1.0
         return check_schema(json.loads(json.dumps(about)), source="results")
 
+    keep(results())
     if "reading" in settings.parts:
         for rows in run.reading(documents, conversations):
             about["reading"] += rows

@@ -86,7 +86,7 @@ def attention_by_pieces(
     """
     states = [tensor.contiguous() for tensor in (query_SHW, key_SKW, value_SKW)]
     num_heads = query_SHW.shape[1]
-    lse = query_SHW.new_empty(_lse_size(query_SHW, host_edges), dtype=torch.float32)
+    lse = query_SHW.new_zeros(_lse_size(query_SHW, host_edges), dtype=torch.float32)  # some stays unused
     outs: list[torch.Tensor] = []
     for piece in _pieces(states, host_edges):
         if piece.size:
