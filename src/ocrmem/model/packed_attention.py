@@ -10,6 +10,7 @@ edges, as in `generate`, goes through SDPA.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ocrmem.errors import ConfigError
 from ocrmem.model.packed_pieces import attention_by_pieces
 
 PACKED = "packed"
@@ -54,11 +56,21 @@ def packed_attention(
 
     Returns:
         [1, S, heads, width], and None for the attention weights.
+
+    Raises:
+        ConfigError: the LLM does not say here where samples begin, or wants what the kernels do not do.
     """
+    if cu_seq_lens_q is None and is_unused(attention_mask) and query.shape[2] > 1:
+        raise ConfigError(
+            "llm.attn_implementation=packed: the LLM's layers do not pass on where the samples of a packed row begin "
+            "(`cu_seq_lens_q`), so they would see each other. Set llm.attn_implementation to sdpa, or data.packing to "
+            "false."
+        )
     if cu_seq_lens_q is None or max_length_q is None or not query.is_cuda or varlen_attn is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    check_plain(max_length_q, kwargs)
     query_SHW, key_SHW, value_SHW = (states[0].transpose(0, 1) for states in (query, key, value))
     if host_edges is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -76,6 +88,34 @@ def packed_attention(
         query_SHW, key_SHW, value_SHW, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options
     )
     return out_SHW[None], None
+
+
+def check_plain(max_length: int, wanted: Mapping[str, Any]) -> None:
+    """Refuse attention that is not plain causal attention over samples of at most `max_length` positions.
+
+    Args:
+        wanted: what the LLM's layers give an attention function besides queries, keys and values.
+
+    Raises:
+        ConfigError: a sliding window shorter than the samples, capped logits, or attention sinks.
+    """
+    window = wanted.get("sliding_window")
+    asked = {
+        f"a sliding window of {window} positions": window is not None and window < max_length,
+        "capped logits (softcap)": wanted.get("softcap") is not None,
+        "attention sinks": wanted.get("s_aux") is not None,
+    }
+    found = [name for name, is_asked in asked.items() if is_asked]
+    if found:
+        raise ConfigError(
+            f"llm.attn_implementation=packed: the LLM's layers want {' and '.join(found)}, which the kernels for "
+            "packed rows do not do. Set llm.attn_implementation to sdpa, or data.packing to false."
+        )
+
+
+def is_unused(mask: torch.Tensor | None) -> bool:
+    """Whether it is `unused_mask`'s."""
+    return mask is not None and mask.dtype == torch.bool and tuple(mask.shape) == (1, 1, 1, 1)
 
 
 def unused_mask(device: torch.device) -> torch.Tensor:

@@ -1,0 +1,36 @@
+"""What attention over packed rows refuses: LLMs for which its kernels would give something else."""
+
+import pytest
+import torch
+
+from ocrmem.errors import ConfigError
+from ocrmem.model.packed_attention import check_plain, packed_attention, unused_mask
+
+
+def test_plain_attention_is_not_refused():
+    check_plain(2048, {})
+    check_plain(2048, {"sliding_window": None, "softcap": None, "s_aux": None, "position_ids": None})
+    check_plain(2048, {"sliding_window": 2048})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"sliding_window": 2047}, "a sliding window of 2047 positions, which the kernels"),
+        ({"softcap": 50.0}, "capped logits"),
+        ({"s_aux": torch.zeros(4), "sliding_window": 128}, "a sliding window of 128 positions and attention sinks"),
+    ],
+)
+def test_other_attention_is_refused(wanted, message):
+    with pytest.raises(ConfigError, match=message):
+        check_plain(2048, wanted)
+
+
+def test_an_llm_that_does_not_pass_the_edges_on_is_refused():
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups, module.training = True, 1, False
+    states = torch.randn(1, 2, 6, 8)
+    with pytest.raises(ConfigError, match="do not pass on where the samples of a packed row begin"):
+        packed_attention(module, states, states, states, unused_mask(states.device))
+    out, _ = packed_attention(module, states, states, states, None)  # as in `generate`
+    assert out.shape == (1, 6, 2, 8)
