@@ -62,9 +62,9 @@ class ObjectiveSettings:
     max_chars: int | None = None
     """Characters taken of each file, from documents spread over it; None: all."""
     lexicon: float = 0.0
-    """Further documents for reconstruction, as a share of the corpora's characters, made of random words: from the
-    corpora with rare ones as often as the square root of their frequency says, from the LLM's whole vocabulary, and
-    figures. What no language model can guess has to be read."""
+    """Further documents for reconstruction, as a share of the characters of corpora and copies, made of random words:
+    from the corpora with rare ones as often as the square root of their frequency says, from the LLM's whole
+    vocabulary, and figures. What no language model can guess has to be read."""
     shifts: int = 0
     """Copies of the corpora that begin some words or turns later, so that other characters share a memory token."""
     warm_start_steps: int = 300

@@ -31,7 +31,12 @@ from ocrmem.errors import ConfigError, SpliceError
 ROTARY_BASE = 100.0
 """Base of the rotary angles (Su et al. 2021, who have 10,000): what is read together is a few tokens apart."""
 
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+KERNELS = [
+    SDPBackend.OVERRIDEABLE,  # of devices that bring their own
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 """Attention without cuDNN's kernel, which the host sets up anew for every number of pages, 7 ms each."""
 
 
