@@ -1,5 +1,6 @@
 """The figures of docs/cost.md follow from the formulas in the code."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,13 @@ from ocrmem.training.hardware import kept_values
 
 PAGE = " ".join((Path(__file__).parents[1] / "docs" / "cost.md").read_text(encoding="utf-8").split())
 RATE = 750e12
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def benched(part, figure):
+    """Of each row of a recorded benchmark that has the figure."""
+    rows = json.loads((RESULTS / f"bench-{part}.json").read_text(encoding="utf-8"))["rows"]
+    return {row["name"]: row[figure] for row in rows if figure in row}
 
 
 @pytest.mark.parametrize("side", [512, 640, 1024, 1280])
@@ -51,11 +59,20 @@ def test_prefill(positions):
 
 def test_the_million():
     positions, pages = 2048e6, 4e6
+    step, encoder = (
+        benched(part, f"{unit}_per_second") for part, unit in (("step", "positions"), ("encoder", "pages"))
+    )
+    packed, plain = step["ocrmem, 30% short samples, packed"], step["plain Hugging Face"]
+    ours, theirs = encoder["ocrmem triton, compiled"], encoder["transformers sdpa"]
     for row in (
-        f"{positions / 19894 / 3600:.0f} hours | {positions / 19894 / 8 / 3600:.1f} hours",
-        f"{positions / 12391 / 3600:.0f} hours | {positions / 12391 / 8 / 3600:.1f} hours",
-        f"{pages / 367 / 3600:.1f} hours | {pages / 367 / 8 / 60:.0f} minutes",
-        f"{pages / 93 / 3600:.1f} hours | {pages / 93 / 8 / 3600:.1f} hours",
+        f"train at {packed:,.0f} positions/s",
+        f"{positions / packed / 3600:.0f} hours | {positions / packed / 8 / 3600:.1f} hours",
+        f"plain Hugging Face step, {plain:,.0f}",
+        f"{positions / plain / 3600:.0f} hours | {positions / plain / 8 / 3600:.1f} hours",
+        f"encode at {ours:.0f} pages/s",
+        f"{pages / ours / 3600:.1f} hours | {pages / ours / 8 / 60:.0f} minutes",
+        f"transformers with SDPA, {theirs:.0f} pages/s",
+        f"{pages / theirs / 3600:.1f} hours | {pages / theirs / 8 / 3600:.1f} hours",
         f"{pages * 256 * 2048 * 2 / 1e12:.1f} TB",
         f"{positions * step_flops_per_position(LLM_CONFIGS['qwen3-8b']) / 1e19:.1f} × 10¹⁹ FLOP",
         f"{pages * 0.4e-3 / 60:.0f} minutes of one core",
@@ -75,3 +92,31 @@ def test_what_a_step_keeps():
         ("0.9` | 2 × S × L × (2D + Q + 2K + 2I)", {"compiled": True, "memory_budget": 0.9}),
     ):
         assert f"{row} | {2 * 4096 * 36 * kept_values(config, **options) / 1e9:.1f} GB |" in PAGE
+
+
+def test_what_was_measured():
+    pages, shares, peaks = (
+        benched("encoder", figure) for figure in ("pages_per_second", "share_of_matrix_product_rate", "peak_gb")
+    )
+    for shown, name in (
+        ("transformers, SDPA", "transformers sdpa"),
+        ("`attention: triton`, `compile: true`", "ocrmem triton, compiled"),
+        ("`triton`", "ocrmem triton"),
+        ("`folded`", "ocrmem folded"),
+        ("`reference`", "ocrmem reference"),
+    ):
+        assert f"| {shown} | {pages[name]:.0f} | {shares[name]:.2f} | {peaks[name]:.1f} GB |" in PAGE
+    positions, shares, peaks = (
+        benched("step", figure) for figure in ("positions_per_second", "share_of_limit", "peak_gb")
+    )
+    for shown, name in (
+        ("plain Hugging Face step, labels passed to the model", "plain Hugging Face"),
+        ("`compile: true`, `compile_memory_budget: 0.9`", "ocrmem, compiled, memory budget 0.9"),
+        ("`compile: true`", "ocrmem, compiled"),
+        ("compiled, `data.packing: true`", "ocrmem, compiled, packed"),
+        ("compiled, `compile_memory_budget: 0.7`", "ocrmem, compiled, memory budget 0.7"),
+        ("compiled, checkpointing", "ocrmem, compiled, checkpointing"),
+        ("uncompiled", "ocrmem"),
+        ("compiled, `llm.quantization: torchao-int8`", "ocrmem, 8-bit LLM by torchao"),
+    ):
+        assert f"| {shown} | {positions[name]:,.0f} | {shares[name]:.2f} | {peaks[name]:.1f} GB |" in PAGE

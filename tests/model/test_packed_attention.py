@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ocrmem.errors import ConfigError
-from ocrmem.model.packed_attention import check_plain, packed_attention, unused_mask
+from ocrmem.model import packed_attention as packed_attention_module
+from ocrmem.model.packed_attention import PACKED, check_plain, has_kernel, packed_attention, unused_mask
 
 
 def test_plain_attention_is_not_refused():
@@ -24,6 +25,16 @@ def test_plain_attention_is_not_refused():
 def test_other_attention_is_refused(wanted, message):
     with pytest.raises(ConfigError, match=message):
         check_plain(2048, wanted)
+
+
+def test_where_a_kernel_keeps_samples_apart(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(packed_attention_module, "varlen_attn", lambda: None)
+    assert has_kernel(PACKED, gpu)
+    assert not has_kernel(PACKED, cpu)
+    assert not has_kernel("sdpa", gpu)
+    monkeypatch.setattr(packed_attention_module, "varlen_attn", None)  # torch before 2.10: a mask has to do it
+    assert not has_kernel(PACKED, gpu)
 
 
 def test_an_llm_that_does_not_pass_the_edges_on_is_refused():

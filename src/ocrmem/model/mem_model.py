@@ -38,7 +38,7 @@ from ocrmem.model.label_loss import (
     logits_at,
     target_loss,
 )
-from ocrmem.model.packed_attention import PACKED, packed_mask, unused_mask
+from ocrmem.model.packed_attention import has_kernel, packed_mask, unused_mask
 from ocrmem.model.projection import Projection
 from ocrmem.model.report import trainable_report
 from ocrmem.model.splice import (
@@ -246,7 +246,7 @@ class MEMModel(PreTrainedModel):
                 "max_length_q": max_length_q,
                 "max_length_k": max_length_q,
             }
-            if embeds_BSD.is_cuda and self.base_llm_model.config._attn_implementation == PACKED:
+            if has_kernel(self.base_llm_model.config._attn_implementation, embeds_BSD.device):
                 attention_mask = unused_mask(embeds_BSD.device)
                 if sample_lengths is not None:
                     packing["host_edges"] = torch.tensor([0, *sample_lengths]).cumsum(0).int()

@@ -66,7 +66,7 @@ def packed_attention(
             "(`cu_seq_lens_q`), so they would see each other. Set llm.attn_implementation to sdpa, or data.packing to "
             "false."
         )
-    if cu_seq_lens_q is None or max_length_q is None or not query.is_cuda or varlen_attn is None:
+    if cu_seq_lens_q is None or max_length_q is None or not has_kernel(PACKED, query.device):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -88,6 +88,11 @@ def packed_attention(
         query_SHW, key_SHW, value_SHW, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options
     )
     return out_SHW[None], None
+
+
+def has_kernel(attention: str | None, device: torch.device) -> bool:
+    """Whether an attention implementation keeps the samples of a packed row apart by itself, without a mask."""
+    return attention == PACKED and device.type == "cuda" and varlen_attn is not None
 
 
 def check_plain(max_length: int, wanted: Mapping[str, Any]) -> None:

@@ -91,16 +91,13 @@ def attention_by_pieces(
     for piece in _pieces(states, host_edges):
         if piece.size:
             windows = [_windows(tensor, piece) for tensor in states]
-            out, part = aten._scaled_dot_product_cudnn_attention(*windows, None, True, 0.0, True, False, scale=scale)[
-                :2
-            ]
-            outs.append(_positions(out, piece))
+            done = aten._scaled_dot_product_cudnn_attention(*windows, None, True, 0.0, True, False, scale=scale)
+            out, part = _positions(done[0], piece), done[1]
         else:
             inside = [tensor[piece.start : piece.stop] for tensor in states]
-            out, part = aten._flash_attention_forward(
-                *inside, *_edges(edges, host_edges, piece), 0.0, True, False, scale=scale
-            )[:2]
-            outs.append(out)
+            bounds = _edges(edges, host_edges, piece)
+            out, part = aten._flash_attention_forward(*inside, *bounds, 0.0, True, False, scale=scale)[:2]
+        outs.append(out)
         lse[num_heads * piece.lse_start :][: part.numel()] = part.flatten()
     return _joined(outs), lse
 
@@ -185,9 +182,8 @@ def _windows(states_SHW: torch.Tensor, piece: Piece) -> torch.Tensor:
     """What cuDNN reads of a row, [samples, heads, size, width], with zeros after the row's end."""
     count = piece.end - piece.first
     inside = states_SHW[piece.start : piece.start + count * piece.size]
-    inside = (
-        F.pad(inside, (0, 0, 0, 0, 0, count * piece.size - len(inside))) if piece.size * count > len(inside) else inside
-    )
+    if missing := count * piece.size - len(inside):
+        inside = F.pad(inside, (0, 0, 0, 0, 0, missing))
     return inside.unflatten(0, (count, piece.size)).transpose(1, 2)
 
 

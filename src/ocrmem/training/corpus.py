@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CUTS = 8
 """Places in each conversation where a history may end for the `reply` task."""
 SHIFT_CHARS, SHIFT_TURNS = 160, 4
-"""The most characters of prose, and turns of a conversation, that a copy begins later; both are more than a line."""
+"""The most characters of prose, and turns of a conversation, that a copy begins later: about a line of a page."""
 LEXICON_WORDS = 320
 """Words of one document of the lexicon, about 2,000 characters."""
 LEXICON_SHARES = (0.45, 0.3, 0.1, 0.15)
