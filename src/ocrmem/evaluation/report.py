@@ -172,7 +172,9 @@ def _check_fields(values: Mapping[str, Any], fields: Mapping[str, str], *, where
     for name, kind in fields.items():
         expected, fits = KINDS[kind]
         if name not in values:
-            raise DataError(f"{where}: no {name!r}; expected {expected}. It has {', '.join(values)}. {_again()}")
+            raise DataError(
+                f"{where}: no {name!r}; expected {expected}. It has {', '.join(values) or 'none at all'}. {_again()}"
+            )
         if not fits(values[name]):
             raise DataError(f"{where}: {name} is {json.dumps(values[name])[:80]}; expected {expected}. {_again()}")
 

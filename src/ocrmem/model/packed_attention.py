@@ -70,6 +70,7 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    assert varlen_attn is not None, "has_kernel says so"
     check_plain(max_length_q, kwargs)
     query_SHW, key_SHW, value_SHW = (states[0].transpose(0, 1) for states in (query, key, value))
     if host_edges is not None:
