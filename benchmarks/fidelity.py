@@ -1,13 +1,14 @@
 """Everything behind docs/fidelity.md: memories, their trained rivals and ablations, then the evaluation.
 
-    python benchmarks/fidelity.py --gpus 2                      # all of it
-    python benchmarks/fidelity.py --gpus 2 --only 2x-mean-pooling 2x-convolution eval-2x
+    python benchmarks/fidelity.py --gpus 0 1                    # all of it
+    python benchmarks/fidelity.py --gpus 1 1 --only 2x-memory 2x-mean-pooling 2x-convolution
     python benchmarks/fidelity.py --list                        # the jobs, and the command of each
 
-The memory and the rivals of 4x go on from those of 2x.
+Rivals, and a memory to compare them with, are trained by the recipe with fewer steps (`--scale`), those of 4x from
+those of 2x. Ablations leave a part of that recipe out; those of objectives go on from the compared memory.
 
 A job runs as a process of its own on the next free GPU. Without `--only`, a job whose output is there already is left
-out; a training that was stopped goes on where it was. Training logs go to `results/training` and `results/ablation`,
+out; a training that was stopped goes on where it was. Training logs go to `results/training` and `results/short`,
 results of evaluations to `results/fidelity`; `python -m ocrmem.evaluation.report` then makes the page.
 """
 
@@ -24,28 +25,43 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ocrmem.config.objectives import ObjectiveSettings
 from ocrmem.config.train import load_train_config
 from ocrmem.files import write_text
 
 RATIOS = ("2x", "4x")
 RIVALS = ("mean-pooling", "convolution")
+COMPARED = {"memory": "ocr", **{kind: kind for kind in RIVALS}}
+"""Short runs of each ratio by name, with what their projection reads."""
 ABLATIONS: dict[str, tuple[str, ...]] = {
-    "full-recipe": (),
     "no-lexicon": ("objectives.lexicon=0",),
     "no-warm-start": ("objectives.warm_start_steps=0",),
     "no-gain": ("projection.gain=false",),
     "no-merge": ("projection.merge=false",),
     "no-merged-layers": ("projection.merged_layers=0",),
     "adamw": ("optimizer=null", "training.learning_rate=1.0e-3"),
-    "no-distillation": ("distillation=0",),
-    "reconstruction-alone": ("tasks=reconstruction",),
-    "no-curriculum": ("stages=last",),
 }
-"""What is left out, as overrides of the 2x config; those of `CURRICULUM` change its stages."""
-CURRICULUM = ("distillation", "tasks", "stages")
-ABLATION_SCALE = 0.2
-"""Steps of an ablation, as a share of the whole recipe's."""
+"""What is left out of the 2x recipe, as overrides."""
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "no-reconstruction": {"tasks": ("reconstruction",)},
+    "no-questions": {"tasks": ("recall", "cloze")},
+    "no-reply": {"tasks": ("reply",)},
+    "no-continuation": {"tasks": ("continuation",)},
+    "no-distillation": {"distillation": 0.0},
+    "no-exact": {"exact": 0.0},
+}
+"""What is left out of the last stage: tasks, or a value in place of the recipe's."""
+SCALE = 0.06
+"""Steps of a short run, as a share of the whole recipe's."""
+LEAST_STEPS = 300
+"""A stage of a short run keeps so many of its steps; the warm start keeps all."""
+MORE_STEPS = 600
+"""Steps of `OBJECTIVES`."""
+EVALUATIONS = 4
+"""Of a short run, the last one at its end."""
 
 
 @dataclass(frozen=True)
@@ -71,61 +87,81 @@ def train_job(name: str, ratio: str, overrides: tuple[str, ...], log: Path, *, s
     return Job(name, command, output, after=() if start is None else (start,), log=log / f"{name}.json")
 
 
-def shorter(ratio: str, overrides: tuple[str, ...], scale: float) -> tuple[str, ...]:
-    """Overrides for a shorter run with the same shape, its curriculum changed as `ABLATIONS` says."""
-    config = load_train_config(Path(f"configs/smollm2-pp-ocr-{ratio}.yaml"))
-    assert config.objectives is not None
-    stages = [dataclasses.asdict(stage) for stage in config.objectives.stages]
-    plain = [override for override in overrides if override.partition("=")[0] not in CURRICULUM]
-    if "stages=last" in overrides:
-        total = sum(stage["steps"] for stage in stages)
-        stages = [{**stages[-2], "steps": total - stages[-1]["steps"]}, stages[-1]]
+def shorter(ratio: str, scale: float, overrides: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Overrides for a run of fewer steps, `overrides` among them."""
+    objectives = recipe(ratio, overrides)
+    stages = [dataclasses.asdict(stage) for stage in objectives.stages]
     for stage in stages:
-        stage["steps"] = max(1, round(stage["steps"] * scale))
-        if "distillation=0" in overrides:
-            stage["distillation"] = 0.0
-        if "tasks=reconstruction" in overrides:
-            stage["tasks"] = {"reconstruction": 1.0}
-    warm = [f"objectives.warm_start_steps={round(config.objectives.warm_start_steps * scale)}"]
-    decay = f"training.lr_scheduler_kwargs.num_decay_steps={stages[-1]['steps']}"
-    warm = [] if any("warm_start_steps" in override for override in plain) else warm
-    return (f"objectives.stages={json.dumps(stages)}", decay, *warm, *plain)
+        stage["steps"] = min(stage["steps"], max(LEAST_STEPS, round(stage["steps"] * scale)))
+    return (*short_run(stages, warm_up=objectives.warm_start_steps), *overrides)
 
 
-def all_jobs(rival_scale: float = 1.0) -> list[Job]:
+def without(changes: dict[str, Any]) -> tuple[str, ...]:
+    """Overrides for `MORE_STEPS` of the last stage of 2x, changed as `OBJECTIVES` says."""
+    stage = {**dataclasses.asdict(recipe("2x").stages[-1]), **changes, "steps": MORE_STEPS}
+    shares = recipe("2x").stages[-1].tasks
+    stage["tasks"] = {task: share for task, share in shares.items() if task not in changes.get("tasks", ())}
+    return ("objectives.warm_start_steps=0", *short_run([stage]))
+
+
+def short_run(stages: list[dict[str, Any]], *, warm_up: int = 0) -> tuple[str, ...]:
+    """Overrides: the stages, the last one so much longer that the last evaluation is at the end, the rate falling over
+    its second half."""
+    stages[-1]["steps"] += -(warm_up + sum(stage["steps"] for stage in stages)) % EVALUATIONS
+    total = warm_up + sum(stage["steps"] for stage in stages)
+    return (
+        f"objectives.stages={json.dumps(stages)}",
+        f"training.lr_scheduler_kwargs.num_decay_steps={stages[-1]['steps'] // 2}",
+        f"training.eval_steps={total // EVALUATIONS}",
+    )
+
+
+def recipe(ratio: str, overrides: tuple[str, ...] = ()) -> ObjectiveSettings:
+    """Of a ratio's config."""
+    objectives = load_train_config(Path(f"configs/smollm2-pp-ocr-{ratio}.yaml"), overrides).objectives
+    assert objectives is not None
+    return objectives
+
+
+def all_jobs(scale: float = SCALE) -> list[Job]:
     """Every job, in the order in which it is best begun.
 
     Args:
-        rival_scale: steps of a rival, as a share of the memory's.
+        scale: steps of a short run, as a share of the whole recipe's.
     """
-    training, ablation = Path("results/training"), Path("results/ablation")
+    training, short = Path("results/training"), Path("results/short")
     jobs = []
-    for features in ("ocr", *RIVALS):
-        for ratio in RATIOS:
-            name, before = (job_name(features, which) for which in (ratio, RATIOS[0]))
-            overrides = () if features == "ocr" else (f"objectives.features={features}",)
-            cut = () if features == "ocr" or rival_scale == 1 else shorter(ratio, (), rival_scale)
-            start = None if ratio == RATIOS[0] else before
-            jobs.append(train_job(name, ratio, (*overrides, *cut), training, start=start))
+    for ratio in RATIOS:
+        start = None if ratio == RATIOS[0] else "smollm2-pp-ocr-2x"
+        jobs.append(train_job(f"smollm2-pp-ocr-{ratio}", ratio, (), training, start=start))
+    for ratio in RATIOS:
+        for name, features in COMPARED.items():
+            start = None if ratio == RATIOS[0] else f"{RATIOS[0]}-{name}"
+            overrides = shorter(ratio, scale, (f"objectives.features={features}",))
+            jobs.append(train_job(f"{ratio}-{name}", ratio, overrides, short, start=start))
     for ratio in RATIOS:
         name = f"smollm2-pp-ocr-{ratio}"
         shipped = Path("adapters") / name
         adapter = shipped if shipped.exists() else Path("runs") / name / "adapter"
-        rivals = [part for kind in RIVALS for part in ("--rival", f"{kind}=runs/{ratio}-{kind}/adapter")]
-        output = Path("results/fidelity") / f"{name}.json"
-        command = ("eval", str(adapter), *rivals, "--device", "cuda", "--dtype", "bfloat16", "-o", str(output))
-        needed = [f"{ratio}-{kind}" for kind in RIVALS] + ([] if shipped.exists() else [name])
-        jobs.append(Job(f"eval-{ratio}", command, output, after=tuple(needed)))
-    jobs += [
-        train_job(f"ablation-{name}", "2x", shorter("2x", overrides, ABLATION_SCALE), ablation)
-        for name, overrides in ABLATIONS.items()
-    ]
+        needed = () if shipped.exists() else (name,)
+        jobs.append(eval_job(f"eval-{ratio}", adapter, ratio, Path("results/fidelity") / f"{name}.json", needed))
+        compared = f"{ratio}-memory"
+        output = Path("results/fidelity") / f"{ratio}-same-steps.json"
+        jobs.append(
+            eval_job(f"eval-{ratio}-same-steps", Path("runs") / compared / "adapter", ratio, output, (compared,))
+        )
+    for name, overrides in ABLATIONS.items():
+        jobs.append(train_job(f"2x-{name}", "2x", shorter("2x", scale, overrides), short))
+    for name, changes in OBJECTIVES.items():
+        jobs.append(train_job(f"2x-more-{name}", "2x", without(changes), short, start="2x-memory"))
     return jobs
 
 
-def job_name(features: str, ratio: str) -> str:
-    """Of a training."""
-    return f"smollm2-pp-ocr-{ratio}" if features == "ocr" else f"{ratio}-{features}"
+def eval_job(name: str, adapter: Path, ratio: str, output: Path, needed: tuple[str, ...]) -> Job:
+    """An evaluation with the rivals of a ratio, after the jobs `needed` too."""
+    rivals = [part for kind in RIVALS for part in ("--rival", f"{kind}=runs/{ratio}-{kind}/adapter")]
+    command = ("eval", str(adapter), *rivals, "--device", "cuda", "--dtype", "bfloat16", "-o", str(output))
+    return Job(name, command, output, after=(*(f"{ratio}-{kind}" for kind in RIVALS), *needed))
 
 
 def run(job: Job, gpu: int) -> bool:
@@ -154,12 +190,12 @@ def device_name(gpu: int) -> str:
 def main() -> None:
     """Run the jobs that are asked for and not done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[0], help="their numbers, one as often as it has jobs")
     parser.add_argument("--only", nargs="*", help="names of jobs; without it, all")
-    parser.add_argument("--rival-scale", type=float, default=1.0, help="share of the steps of the rivals")
+    parser.add_argument("--scale", type=float, default=SCALE, help="steps of short runs, as a share of the recipe's")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
-    jobs = all_jobs(options.rival_scale)
+    jobs = all_jobs(options.scale)
     unknown = set(options.only or ()) - {job.name for job in jobs}
     if unknown:
         sys.exit(f"error: no job {', '.join(sorted(unknown))}; --list shows them.")
@@ -190,7 +226,7 @@ def main() -> None:
                 failed.append(job.name)
             finished[job.name].set()
 
-    threads = [threading.Thread(target=work, args=(gpu,)) for gpu in range(options.gpus)]
+    threads = [threading.Thread(target=work, args=(gpu,)) for gpu in options.gpus]
     for thread in threads:
         thread.start()
     for thread in threads:

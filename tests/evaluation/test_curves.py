@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from ocrmem.errors import DataError
-from ocrmem.evaluation.curves import METRICS, ablation_section, learning_figure, learning_section, read_curves
+from ocrmem.evaluation.curves import LOSSES, METRICS, learning_figure, learning_section, read_curves, short_section
 from ocrmem.evaluation.report import svg, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRIES = [
     {"step": 100, "loss": 3.0},
     {"step": 100, **dict.fromkeys(METRICS, 0.25)},
-    {"step": 300, **dict.fromkeys(METRICS, 0.75)},
+    {"step": 300, **dict.fromkeys(METRICS, 0.75), **dict.fromkeys(LOSSES, 1.5)},
 ]
 
 
@@ -29,10 +29,10 @@ def test_a_run_becomes_a_panel_with_its_stages(tmp_path):
     assert lines["cloze"] == [[100, 0.25], [300, 0.75]]
     assert [[100, 0], [100, 1]] in lines.values()  # where the first stage ends
     assert panel.get_title() == "mine"
-    row = "| mine | 300 | 0.750 | 0.750 | 0.750 | 0.750 | `ocrmem train a.yaml --json` | CPU |"
+    row = "| mine | 300 | 0.750 | 0.750 | 0.750 | 0.750 | 1.500 | 1.500 | `ocrmem train a.yaml --json` | CPU |"
     assert row in learning_section(runs)
-    assert row in ablation_section(runs)
-    assert ablation_section({}) == ()
+    assert row in short_section(runs)
+    assert short_section({}) == ()
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -11,7 +11,7 @@ from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import CheckpointError, ConfigError, SpliceError
 from ocrmem.model.adapter import load_projection, read_manifest
 from ocrmem.model.mem_model import MEMModel
-from ocrmem.model.projection import Projection, rotary, turned
+from ocrmem.model.projection import Projection, compile_projection, rotary, turned
 
 
 def projection(**settings):
@@ -192,3 +192,29 @@ def test_a_gap_among_the_pieces_is_refused(lost, missing, tmp_path):
     save_file(weights, path)
     with pytest.raises(CheckpointError, match=f"projection: missing {missing}[.]"):
         load_projection(with_pieces(4), tmp_path, fewer_pieces=True)
+
+
+def test_compiled_layers_take_pages_of_any_number_and_length_without_being_compiled_anew():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.manual_seed(0)
+    settings = ProjectionSettings(kind="attention", num_layers=2, pieces=2, merge=True, merged_layers=1, num_heads=2)
+    parts = {"feature_width": 8, "embedding_width": 16, "embedding_rms": 0.1}
+    plain, compiled = Projection(settings, **parts), Projection(settings, **parts)
+    compiled.load_state_dict(plain.state_dict())
+    backend = CompileCounterWithBackend("aot_eager")
+    compile_projection(compiled, backend=backend)
+    graphs = []
+    for pages, tokens in ((3, 6), (7, 4), (5, 9)):
+        features, used = torch.randn(pages, tokens, 8), torch.randint(1, tokens + 1, (pages,))
+        memories = [proj(features, used) for proj in (plain, compiled)]
+        torch.testing.assert_close(*memories)
+        for memory in memories:
+            memory.square().sum().backward()
+        for (name, expected), found in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, expected.grad, msg=lambda text, name=name: f"{name}: {text}")
+        graphs.append(backend.frame_count)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(features, used), plain(features, used))
+    assert [graphs[0]] * 4 == [*graphs, backend.frame_count]
+    assert graphs[0] > 0

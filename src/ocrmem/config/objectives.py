@@ -79,7 +79,7 @@ class ObjectiveSettings:
     averaged (`mean-pooling`) or side by side (`convolution`: kernel and stride are the tokens of one memory token, or
     of one of its `projection.pieces`)."""
     compile: bool = False
-    """Compile the LLM's layers and the loss. Pays on a GPU after a minute."""
+    """Compile the LLM's layers, those of the projection and the loss. Pays on a GPU after a minute."""
     features_on_device: bool = False
     """Copy the features of the whole corpus to the GPU: 0.3 MB for 1,000 characters with `pp-ocr`."""
     log_memory_steps: int = 100

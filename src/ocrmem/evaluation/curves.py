@@ -1,6 +1,6 @@
 """Learning curves: what `ocrmem train --json` printed, kept as `results/training/NAME.json`, as a plot and a table.
 
-Runs in `results/ablation/`, short ones that each leave something out, become a table of their own.
+Runs in `results/short/`, rivals and runs that each leave something out, become a table of their own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ METRICS = {
     "eval_reply_accuracy": "reply",
 }
 """What is drawn of an evaluation while training: held-out token accuracy, teacher-forced."""
+LOSSES = {"eval_continuation_loss": "continuation, nats", "eval_reply_loss": "reply, nats"}
+"""What the table has besides: cross entropy a token, where the likeliest one is seldom right."""
 
 
 def read_curves(folder: Path) -> dict[str, dict[str, Any]]:
@@ -78,27 +80,38 @@ def learning_section(runs: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
         "",
         f"![Held-out token accuracy by step](fidelity/{LEARNING_PLOT})",
         "",
-        "Held-out token accuracy, teacher-forced; dotted lines are ends of stages of the curriculum. At the end:",
+        "Held-out token accuracy, teacher-forced; dotted lines are ends of stages of the curriculum. The last",
+        "evaluation of each run:",
         "",
         *last_values(runs),
         "",
     )
 
 
-def ablation_section(runs: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+def short_section(runs: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
     """Lines of the page."""
     if not runs:
         return ()
-    return ("## What each part is worth", "", "Held-out token accuracy, teacher-forced:", "", *last_values(runs), "")
+    return (
+        "## Rivals after as many steps, and what each part is worth",
+        "",
+        "Short runs of the recipe (`benchmarks/fidelity.py`). `…-memory` and the rivals have the same data, steps and",
+        "size of projection; `no-…` leaves a part out. `more-…` go on from `2x-memory` with all of its last stage",
+        "(`more-whole`) or a part of it. Held-out token accuracy, teacher-forced, at the end:",
+        "",
+        *last_values(runs),
+        "",
+    )
 
 
 def last_values(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A table of every run's last evaluation while training."""
-    head = ["run", "steps", *METRICS.values(), "command", "device"]
+    shown = {**METRICS, **LOSSES}
+    head = ["run", "steps", *shown.values(), "command", "device"]
     lines = [head, ["---"] * len(head)]
     for name, run in runs.items():
         last = next((entry for entry in reversed(run["log_history"]) if not METRICS.keys().isdisjoint(entry)), {})
-        values = [f"{last[metric]:.3f}" if metric in last else "–" for metric in METRICS]
+        values = [f"{last[metric]:.3f}" if metric in last else "–" for metric in shown]
         command = f"`{run['command']}`" if "command" in run else "–"
         lines.append([name, f"{last.get('step', 0):,}", *values, command, run.get("device", "–")])
     return ["| " + " | ".join(line) + " |" for line in lines]

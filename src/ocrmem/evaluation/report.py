@@ -2,7 +2,7 @@
 
 ```
 results/fidelity/*.json ─▶ check_schema ─┬─▶ docs/fidelity.md
-results/{training,ablation}/*.json ──────┴─▶ docs/fidelity/*.svg
+results/{training,short}/*.json ─────────┴─▶ docs/fidelity/*.svg
 ```
 
 One file holds one evaluation of one adapter on one device; an adapter may have several files. The same files give the
@@ -25,7 +25,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ocrmem.errors import DataError
-from ocrmem.evaluation.curves import LEARNING_PLOT, ablation_section, learning_figure, learning_section, read_curves
+from ocrmem.evaluation.curves import LEARNING_PLOT, learning_figure, learning_section, read_curves, short_section
 from ocrmem.files import write_text
 
 if TYPE_CHECKING:
@@ -222,8 +222,8 @@ def write_report(results_folder: Path, docs_folder: Path) -> Path:
     for name, figure in figures.items():
         write_text(docs_folder / "fidelity" / name, svg(figure))
     path = docs_folder / "fidelity.md"
-    ablations = read_curves(results_folder.parent / "ablation")
-    write_text(path, "\n".join([page(results), *learning_section(curves), *ablation_section(ablations)]))
+    short = read_curves(results_folder.parent / "short")
+    write_text(path, "\n".join([page(results), *learning_section(curves), *short_section(short)]))
     return path
 
 

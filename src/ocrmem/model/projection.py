@@ -201,6 +201,25 @@ class PageAttentionLayer(nn.Module):
         return hidden_PVD + self.mlp2(F.gelu(self.mlp1(self.norm2(hidden_PVD))))
 
 
+def compile_projection(proj: Projection, **options: Any) -> None:
+    """Compile each attention layer's forward with a gradient, which is run for every number of pages and of tokens; as
+    one graph for all of them. Without a gradient they run as they are: that is rare while training.
+
+    Args:
+        options: of `torch.compile`.
+    """
+    for layer in proj.modules():
+        if isinstance(layer, PageAttentionLayer):
+            layer.forward = _with_gradient(torch.compile(layer.forward, dynamic=True, **options), layer.forward)
+
+
+def _with_gradient(compiled: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor]) -> Any:
+    def forward(*arguments: Any) -> torch.Tensor:
+        return (compiled if torch.is_grad_enabled() else plain)(*arguments)
+
+    return forward
+
+
 def rotary(positions_V: torch.Tensor, width: int) -> torch.Tensor:
     """Cosine and sine of the rotary angles, float32 [2, V, width]."""
     frequencies = ROTARY_BASE ** (-torch.arange(0, width, 2, device=positions_V.device) / width)

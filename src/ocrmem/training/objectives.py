@@ -22,6 +22,7 @@ from ocrmem.errors import ConfigError
 from ocrmem.model.label_loss import cross_entropy_sum
 from ocrmem.model.llm import compile_layers
 from ocrmem.model.mem_model import MEMModel
+from ocrmem.model.projection import compile_projection
 from ocrmem.training.graphs import GraphedLayers
 from ocrmem.training.optimizer import MuonAdamW
 from ocrmem.training.packing import PackedRows, unpacked
@@ -196,6 +197,7 @@ class ObjectiveTrainer(MEMTrainer):
             compile_layers(self.model.base_llm_model)
             dtype = self.model.base_llm_model.dtype
             self.model.proj.compute_dtype = None if dtype == torch.float32 else dtype
+            compile_projection(self.model.proj)
             GraphedLayers(self.model.base_llm_model)
             self.model.cross_entropy = torch.compile(cross_entropy_sum, dynamic=True)
             self._compiled = True
