@@ -54,11 +54,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "no-exact": {"exact": 0.0},
 }
 """What is left out of the last stage: tasks, or a value in place of the recipe's."""
-SCALE = 0.06
+SCALE = 0.045
 """Steps of a short run, as a share of the whole recipe's."""
 LEAST_STEPS = 300
 """A stage of a short run keeps so many of its steps; the warm start keeps all."""
-MORE_STEPS = 600
+MORE_STEPS = 400
 """Steps of `OBJECTIVES`."""
 EVALUATIONS = 4
 """Of a short run, the last one at its end."""

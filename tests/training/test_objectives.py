@@ -144,6 +144,15 @@ def test_a_bank_is_built_once_and_a_killed_build_is_not_read(documents, encoders
     assert torch.equal(build().features_UVE, first.features_UVE)
 
 
+def test_a_bank_without_features_is_that_with_them_where_there_is_one(documents, encoders, tokenizer, tmp_path):
+    def build(encode):
+        return build_bank(documents[:1], encoder=encoders[1], tokenizer=tokenizer, folder=tmp_path, encode=encode)
+
+    assert build(False).features_UVE.shape[-1] == 0
+    encoded = build(True)
+    assert torch.equal(build(False).features_UVE, encoded.features_UVE)
+
+
 def test_worker_processes_build_the_same_bank(documents, encoders, tokenizer, bank, tmp_path):
     other = build_bank(documents, encoder=encoders[1], tokenizer=tokenizer, folder=tmp_path, num_workers=2)
     assert torch.equal(other.features_UVE, bank.features_UVE)

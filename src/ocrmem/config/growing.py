@@ -14,8 +14,8 @@ class GrowingSettings:
 
     budget_tokens: int = 2048
     """Most tokens that the memory may take in a prompt: pages, ledger and recalled text together."""
-    ledger_share: float = 0.0625
-    """Share of the budget for the ledger of exact identifiers; 0: no ledger."""
+    ledger_share: float = 0.04
+    """Share of the budget for the ledger of exact identifiers, which every turn reads anew; 0: no ledger."""
     recall: int = 0
     """Pages that are expanded back into text for a question, the most relevant first; 0: none."""
     recall_share: float = 0.125

@@ -135,11 +135,15 @@ def build_bank(
             killed build leaves nothing that looks whole.
         device: where the encoder is; from a GPU, copies of it work on every other GPU that the process sees.
         num_workers: processes that draw and tokenise.
-        encode: False leaves the features empty [U, tokens per unit, 0], for rivals that read tokens.
+        encode: False: the features are not needed, as for rivals that read tokens; they are left empty
+            [U, tokens per unit, 0] where no earlier call kept them.
         progress: called with documents done and documents in all.
     """
-    encoder_identity = encoder.identity() if encode else f"none {encoder.tokens_per_page}"
-    target = Path(folder) / bank_key(documents, encoder, encoder_identity, tokenizer)
+    encoded, empty = (
+        Path(folder) / bank_key(documents, encoder, identity, tokenizer)
+        for identity in (encoder.identity(), f"none {encoder.tokens_per_page}")
+    )
+    target = encoded if encode or encoded.exists() else empty
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # another process that wants the same waits for it
         if not target.exists():
