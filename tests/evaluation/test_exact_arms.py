@@ -1,13 +1,16 @@
-"""Arms with an exact part: never more tokens than the memory alone, and the newest of it untouched."""
+"""Arms with an exact part: never more tokens than the memory alone, the newest of it untouched, the text behind it."""
 
 import pytest
 import torch
 from memory.parts import chitchat, make_processor
 
 from ocrmem.data.processor import stack_pages
+from ocrmem.evaluation.arms import Context
 from ocrmem.evaluation.exact_arms import EXACT_ARMS, exact_context, tokens_per_unit, without_oldest
 from ocrmem.evaluation.probes import Probe
+from ocrmem.evaluation.scoring import make_prompt
 from ocrmem.memory.history import history_text
+from ocrmem.types import Message
 
 
 def test_whole_units_are_cut_from_the_beginning():
@@ -33,7 +36,7 @@ def test_no_more_tokens_than_the_memory(arm):
             source="conversation",
             id="x#0",
             history=history,
-            turns=(),
+            turns=(Message("user", "Which code?"),),
             target="x",
             query="code XK-7731-B",
             document_hashes=(),
@@ -46,4 +49,16 @@ def test_no_more_tokens_than_the_memory(arm):
         assert len(ids) + sum(left) <= sum(counts)
         assert sum(counts) - sum(left) < len(ids) + tokens_per_unit(processor)
         assert features[-1, : left[-1]].equal(features_PVE[-1, counts[-1] - left[-1] : counts[-1]])
-        assert "XK-7731-B" in processor.tokenizer.decode(ids)
+        text = processor.tokenizer.decode(ids)
+        assert "XK-7731-B" in text
+        # As `Memory` writes it: behind the memory, each part behind an empty line.
+        context = Context(features_PVE=features, page_num_tokens=left, exact_ids=ids)
+        prompt = make_prompt(probe, context, processor.chat_format)
+        assert prompt.length(with_target=False) == len(prompt.before) + len(ids) + sum(left) + len(prompt.after)
+        whole = processor.chat_format.text(
+            probe.turns, add_generation_prompt=True, num_placeholders=sum(left), after_memory=text
+        )
+        assert prompt.ids(processor.memory_token_id, with_target=False) == processor.chat_format.ids(whole)
+        parts = {"memory-ledger": 1, "memory-recall": 1, "memory-ledger-recall": 2}
+        assert text.startswith("\n\n")
+        assert text.count("\n\n") == parts[arm]

@@ -33,6 +33,10 @@ class Stage:
     a conversation). They need not add up to 1."""
     distillation: float = 0.0
     """Weight of the KL divergence from the same frozen LLM with the full text, on continuation and reply."""
+    exact: float = 0.0
+    """Share of the samples of recall, cloze and reply, from 0 to 1, with exact text behind the memory in place of its
+    oldest units, as a growing memory has it: identifiers (an eighth of the memory's tokens) and sentences recalled for
+    a question (a quarter). A memory of one or two units has none. Above 0 it needs the package bm25s."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -49,6 +53,8 @@ class Stage:
             raise ConfigError(f"a stage has tasks={dict(self.tasks)}: expected shares of 0 or more, one above 0.")
         if self.distillation < 0:
             raise ConfigError(f"a stage has distillation={self.distillation}: expected 0 or more.")
+        if not 0 <= self.exact <= 1:
+            raise ConfigError(f"a stage has exact={self.exact}: expected a share from 0 to 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

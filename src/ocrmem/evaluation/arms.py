@@ -1,7 +1,7 @@
 """The memory's rivals: what each arm puts in the memory's place, all of the same length.
 
 ```
-[system … CONTEXT] [turns] [reply]        CONTEXT: nothing | text tokens | memory tokens
+[system … CONTEXT] [turns] [reply]        CONTEXT: nothing | text tokens | memory tokens | both
 ```
 
 Every arm has the same template, the same recent turns and the same reply; they differ in the context alone. The budget
@@ -42,6 +42,8 @@ class Context:
     """Text tokens, in front of the memory tokens if there are both."""
     features_PVE: torch.Tensor | None = None
     page_num_tokens: list[int] = field(default_factory=list)
+    exact_ids: list[int] = field(default_factory=list)
+    """Text tokens behind the memory tokens."""
     order: list[int] | None = None
     """A permutation of the memory tokens after the projection; None: as they come."""
     rival: Rival | None = None
@@ -52,7 +54,7 @@ class Context:
     @property
     def num_tokens(self) -> int:
         """Positions that it takes."""
-        return len(self.text_ids) + sum(self.page_num_tokens)
+        return len(self.text_ids) + sum(self.page_num_tokens) + len(self.exact_ids)
 
 
 class Contexts:
@@ -128,10 +130,10 @@ class Contexts:
             )
         if arm in EXACT_ARMS:
             assert memory.features_PVE is not None
-            text_ids, features_PVE, page_num_tokens = exact_context(
+            exact_ids, features_PVE, page_num_tokens = exact_context(
                 arm, self.probes[index], memory.features_PVE, memory.page_num_tokens, processor=self.processor
             )
-            return Context(text_ids, features_PVE, page_num_tokens)
+            return Context(features_PVE=features_PVE, page_num_tokens=page_num_tokens, exact_ids=exact_ids)
         if arm == "shuffled-memory":
             order = np.random.default_rng([self.seed, index]).permutation(budget).tolist()
             return Context(features_PVE=memory.features_PVE, page_num_tokens=memory.page_num_tokens, order=order)

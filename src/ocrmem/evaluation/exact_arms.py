@@ -1,8 +1,11 @@
 """Arms of a memory with an exact part: as many tokens as the memory alone, some of them text.
 
 ```
-[ledger] [recalled sentences] [memory without its oldest lines]        together: the memory's own number of tokens
+[memory without its oldest lines] [ledger] [recalled sentences]        together: the memory's own number of tokens
 ```
+
+The text stands behind the memory as `Memory` writes it, but without headings: the budgets are of 100 to 250 tokens, of
+which they would take too many.
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ from ocrmem.data.processor import MEMProcessor
 from ocrmem.evaluation.probes import Probe
 from ocrmem.memory.ledger import Ledger
 from ocrmem.memory.recall import PageIndex, best, recalled_text
+from ocrmem.session.prompt import BETWEEN
+from ocrmem.training.exact_text import LEDGER_SHARE, RECALL_SHARE
 
 RECALL_ARMS = ("memory-recall", "memory-ledger-recall")
 EXACT_ARMS = ("memory-ledger", *RECALL_ARMS)
-LEDGER_SHARE, RECALL_SHARE = 0.125, 0.25
-"""Of the memory's tokens, what ledger and recalled text may take in the place of its oldest lines."""
 RECALLED_PAGES = 2
 
 
@@ -38,7 +41,7 @@ def exact_context(
         page_num_tokens: tokens in use of each of its pages.
 
     Returns:
-        text token ids, features_PVE and tokens in use of what is left of the pages.
+        ids of the text behind the memory, features_PVE and tokens in use of what is left of the pages.
     """
     chat_format = processor.chat_format
     total = sum(page_num_tokens)
@@ -58,8 +61,8 @@ def exact_context(
                 count_tokens=chat_format.content_lengths,
             )
         )
-    text = "\n".join(part for part in parts if part)
-    ids = chat_format.ids(chat_format.clean(text) + "\n") if text else []
+    text = "".join(BETWEEN + part for part in parts if part)
+    ids = chat_format.ids(chat_format.clean(text)) if text else []
     return ids, *without_oldest(features_PVE, page_num_tokens, len(ids), unit=tokens_per_unit(processor))
 
 

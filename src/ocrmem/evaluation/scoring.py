@@ -46,9 +46,10 @@ class Prompt:
 
     def ids(self, memory_token_id: int, *, with_target: bool) -> list[int]:
         """Token ids, placeholders in the places of memory tokens."""
-        memory = [memory_token_id] * sum(self.context.page_num_tokens)
+        context = self.context
+        memory = [memory_token_id] * sum(context.page_num_tokens)
         target = self.target if with_target else []
-        return [*self.before, *self.context.text_ids, *memory, *self.after, *target]
+        return [*self.before, *context.text_ids, *memory, *context.exact_ids, *self.after, *target]
 
     def length(self, *, with_target: bool) -> int:
         """How many `ids` there are."""

@@ -37,7 +37,7 @@ def load_bm25s() -> Any:
     except ImportError:
         raise ConfigError(
             "recall was asked for, but the package bm25s is not installed: pip install 'ocrmem[recall]', or set "
-            "recall to 0."
+            "recall to 0 (in training, exact of every stage)."
         ) from None
     logger = logging.getLogger("bm25s")
     if logger.level != logging.WARNING:  # it logs every index at DEBUG; setting a level empties every logger's cache

@@ -19,6 +19,7 @@ from ocrmem.encoders.base import OCREncoder
 from ocrmem.encoders.pp_ocr import PPOCREncoder
 from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import ConfigError, DataError
+from ocrmem.memory.recall import load_bm25s
 from ocrmem.training.build import build_model, feature_folder, find_data, training_arguments
 from ocrmem.training.corpus import lexicon_documents, read_corpora, shifted_documents
 from ocrmem.training.objectives import FeatureSource, ObjectiveTrainer
@@ -104,6 +105,8 @@ def build_objective_trainer(
 def samplers(bank: Bank, config: TrainConfig, frame: Frame, processor: MEMProcessor) -> dict[int, TaskSampler]:
     """A sampler for each number of pieces to a memory token that the stages name."""
     assert config.objectives is not None
+    if any(stage.exact for stage in config.objectives.stages):
+        load_bm25s()  # rather than fail in a loader's process
     whole = config.projection.pieces
     result = {}
     for pieces in {whole, *(stage.pieces or whole for stage in config.objectives.stages)}:
@@ -171,8 +174,8 @@ def corpus_bank(
 
 def evaluation_rows(by_pieces: dict[int, TaskSampler], rows: PackedRows) -> dict[str, list[dict[str, Any]]]:
     """Packed rows of held-out text, always the same: reconstruction at `EVAL_UNITS` units and every number of pieces,
-    and each other task of the curriculum at the lengths of the last stage that has it. A task or a length that the
-    held-out files have no text for, or that does not fit into a row, is left out."""
+    and each other task of the curriculum at the lengths of the last stage that has it, without exact text. A task or a
+    length that the held-out files have no text for, or that does not fit into a row, is left out."""
     whole, stages = max(by_pieces), rows.settings.stages
     wanted: dict[str, tuple[str, int, Stage]] = {}
     for pieces in sorted(by_pieces):
@@ -213,7 +216,7 @@ def _held_out_rows(
             return sampler.reconstruction(*run, question=REPEAT[0])
         return dataclasses.replace(sampler.sample(rng, alone), teacher_ids_T=None, teacher_labelled_T=None)
 
-    alone = dataclasses.replace(stage, tasks={task: 1.0})
+    alone = dataclasses.replace(stage, tasks={task: 1.0}, exact=0.0)
     if not (sampler.bank.num_units_K >= stage.min_units).any():
         return []
     try:

@@ -1,7 +1,7 @@
 """What the projection learns from: samples drawn from a bank, task by task.
 
 ```
-[system … memory] [user: an instruction] [assistant: the labelled answer]
+[system … memory, exact text] [user: an instruction] [assistant: the labelled answer]
 ```
 
 Instructions vary, and several tasks share one memory format, so that the projection learns to put the text before the
@@ -21,6 +21,7 @@ from ocrmem.config.objectives import Stage, share_of
 from ocrmem.data.bank import Bank
 from ocrmem.errors import ConfigError, DataError
 from ocrmem.memory.chat_format import ChatFormat
+from ocrmem.training.exact_text import MIN_UNITS, exact_ids, units_in_exchange
 from ocrmem.types import Message
 
 REPEAT = (
@@ -279,20 +280,23 @@ class TaskSampler:
         for _ in range(ATTEMPTS):
             drawn = [self.run(rng, stage, pool="ordered") for _ in range(1 + int(rng.integers(JOINED)))]
             units: list[int] = []
+            texts: list[str] = []
             sentences: list[tuple[str, int, int]] = []
             for run in drawn:
                 if run is None or (units and len(units) + run[2] - run[1] > stage.max_units):
                     continue
                 units += self.units(*run)
-                text = self.bank.documents[run[0]].text
-                sentences += [(text, *match.span()) for match in _SENTENCE.finditer(text, *self._characters(*run))]
+                text, (start, end) = self.bank.documents[run[0]].text, self._characters(*run)
+                texts.append(text[start:end])
+                sentences += [(text, *match.span()) for match in _SENTENCE.finditer(text, start, end)]
             order = rng.permutation(len(sentences))[: QUESTIONS * 2]
             turns = [asked for i in order if (asked := ask(*sentences[i])) and asked[1]][:QUESTIONS]
             if turns:
                 answers = [
                     (question, self.frame.ids(self.frame.chat_format.clean(answer))) for question, answer in turns
                 ]
-                return self._build(task, units, answers)
+                units, exact = self._exchanged(rng, stage, units, texts, [question for question, _ in turns])
+                return self._build(task, units, answers, exact=exact)
         return None
 
     def _replies(self, document: int, cut: int) -> list[int]:
@@ -334,14 +338,30 @@ class TaskSampler:
                 break
             turns.append((recent[reply - before_recent - 1].content, answer))
         start = int(self.bank.unit_start_U[units[0]])
+        kept, exact = self._exchanged(rng, stage, units, [source.text[start:cut]], [recent[count - 1].content])
         return self._build(
             "reply",
-            units,
+            kept,
             turns,
             after=self.frame.ids(after),
             ends=len(answers[0]) <= REPLY_TOKENS,
             full_text=self._text_ids(document, start, cut),
+            exact=exact,
         )
+
+    def _exchanged(
+        self, rng: np.random.Generator, stage: Stage, units: list[int], texts: Sequence[str], questions: Sequence[str]
+    ) -> tuple[list[int], list[int]]:
+        """The units of a memory and the token ids behind it: for the stage's share of the samples exact text in place
+        of the oldest units, recalled for one of the questions."""
+        if not stage.exact or len(units) < MIN_UNITS or rng.random() >= stage.exact:
+            return units, []
+        tokens_U = self.bank.unit_tokens_U[units]
+        question = questions[int(rng.integers(len(questions)))]
+        chat_format = self.frame.chat_format
+        exact = exact_ids(texts, question, num_tokens=int(tokens_U.sum()), chat_format=chat_format, rng=rng)
+        left_out = units_in_exchange(tokens_U, len(exact))
+        return (units, []) if left_out is None else (units[left_out:], exact)
 
     def _build(
         self,
@@ -352,10 +372,11 @@ class TaskSampler:
         after: Sequence[int] = (),
         ends: bool = True,
         full_text: Sequence[int] | None = None,
+        exact: Sequence[int] = (),
         bare: bool = False,
     ) -> Sample:
-        """Join the pieces; `after` stands for the questions where the turns have none, and `full_text` for the memory
-        where the sample is distilled."""
+        """Join the pieces; `after` stands for the questions where the turns have none, `exact` behind the memory, and
+        `full_text` for both where the sample is distilled."""
         body: list[int] = []
         labelled: list[bool] = []
         for number, (question, answer) in enumerate(turns):
@@ -373,7 +394,7 @@ class TaskSampler:
             ids = np.array([*head, *middle, *body], dtype=np.int64)
             return ids, np.array([False] * (len(head) + len(middle)) + labelled)
 
-        ids_T, labelled_T = join(memory)
+        ids_T, labelled_T = join([*memory, *exact])
         teacher_T, teacher_labelled_T = (None, None) if full_text is None else join(full_text)
         return Sample(task, ids_T, labelled_T, units, teacher_T, teacher_labelled_T)
 
