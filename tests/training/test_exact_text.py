@@ -105,9 +105,9 @@ def test_it_stands_behind_the_memory_in_place_of_the_oldest_units(task, sampler)
 
 def test_a_short_memory_and_other_tasks_have_none(sampler):
     for task in ("recall", "cloze", "reply"):
-        for seed in range(6):
+        for seed in range(60):
             few = [drawn(sampler, task, seed, min_units=1, max_units=2, exact=exact) for exact in (0.0, 1.0)]
-            if len(few[0].units) <= 2:
+            if len(few[0].units) <= 2:  # a reply's may have a tail besides
                 assert np.array_equal(few[0].input_ids_T, few[1].input_ids_T)
     for seed in range(6):
         plain, sample = (drawn(sampler, "reconstruction", seed, exact=exact) for exact in (0.0, 1.0))
@@ -123,7 +123,7 @@ def test_what_it_holds(sampler):
     chat_format = sampler.frame.chat_format
     memory_token = chat_format.memory_token
     told = "user: My code is XK-7731-B and my dog is Bruin.\n"
-    texts = [told + "assistant: It rains over the hills today.\n" * 6, f"user: So it does {memory_token} at 9:45.\n"]
+    texts = [told + "assistant: It rains over the hills today.\n" * 2, f"user: So it does {memory_token} at 9:45.\n"]
     counts = {"ledger": 0, "recalled": 0, "both": 0, "headings": 0}
     number = 400
     for seed in range(number):
