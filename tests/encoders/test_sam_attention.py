@@ -83,6 +83,13 @@ for split in (2, 4):
         layer, values = block(window, 16), hidden(height, width)
         apart = float((layer(values, "triton") - layer(values, "reference")).abs().max())
         assert apart < 1e-4, (split, height, width, window, apart)
+bias = sam_attention_triton._bias_kernel
+for lines, side, height, width, window in ((1, 64, 7, 12, 3), (3, 16, 20, 24, 14), (8, 16, 18, 16, 0)):
+    bias.configs = [sam_attention_triton.triton.Config({{"LINES": lines}})]
+    sam_attention_triton.BLOCK_LINE = side
+    layer, values = block(window, max(height, width)), hidden(height, width)
+    apart = float((layer(values, "triton") - layer(values, "reference")).abs().max())
+    assert apart < 1e-4, (lines, side, apart)
 layer, values = block(14, 16), hidden(16, 16)
 compiled = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
 for pages in (values, torch.cat([values, values])):  # the second time with a batch of any size

@@ -14,6 +14,7 @@ from ocrmem.config.render import deepseek_ocr_page
 from ocrmem.encoders.deepencoder_clip import CLIPSizes
 from ocrmem.encoders.deepencoder_sam import SAMSizes
 from ocrmem.evaluation.bench.deepencoder import TransformersDeepEncoder, random_encoder
+from ocrmem.evaluation.bench.encoder import AUTO, Way
 from ocrmem.evaluation.bench.flops import clip_flops, llm_parameters, sam_flops
 from ocrmem.evaluation.bench.models import memory_model, random_llm
 from ocrmem.evaluation.bench.sizes import Sizes, small_sizes
@@ -145,6 +146,14 @@ def test_parameters_of_the_presets(preset):
     parts = llm_parameters(LLM_CONFIGS[preset])
     counted = sum(parameter.numel() for parameter in empty_llm(preset).parameters())
     assert sum(parts.values()) == pytest.approx(counted, rel=1e-3)  # the norms' few are left out
+
+
+def test_a_way_to_encode_is_named_by_its_settings():
+    assert Way(attention="triton", compile=True, graphs=True).name == "ocrmem triton, compiled, graphs"
+    assert Way(attention="folded").name == "ocrmem folded"
+    assert dataclasses.asdict(AUTO) | {"page_size": 1024, "features": "concat"} == dataclasses.asdict(
+        DeepSeekOCRSettings()
+    )
 
 
 def test_rows_of_full_size_are_full():

@@ -41,6 +41,11 @@ class DeepSeekOCRSettings:
     What cannot run falls back to what can."""
     compile: bool = False
     """Compile the encoder's layers. Pays after some hundred pages on a GPU; needs a C++ compiler or Triton."""
+    graphs: bool = True
+    """Replay the encoder as a CUDA graph for a batch size that comes a third time: on a GPU, in half precision, without
+    gradients and autocast, as when pages are encoded ahead or for a prompt. The features are the same; few pages at
+    once come sooner, since Python launches them slower than a GPU runs them. The memory of a batch stays taken. What
+    cannot be captured runs as it is."""
 
     def __post_init__(self) -> None:
         if self.features not in DEEPSEEK_FEATURES:

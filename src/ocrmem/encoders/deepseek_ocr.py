@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from ocrmem.encoders.base import OCREncoder
 from ocrmem.encoders.checkpoint import load_strictly
 from ocrmem.encoders.deepencoder_clip import CLIPEncoder, CLIPSizes
 from ocrmem.encoders.deepencoder_sam import SAMEncoder, SAMSizes
+from ocrmem.encoders.graphs import Graphs
 from ocrmem.errors import ConfigError, PageSizeError
 from ocrmem.types import Page, TokenSpans
 
@@ -65,6 +66,7 @@ class DeepSeekOCREncoder(OCREncoder):
         self._sam_sizes = sam_sizes or SAMSizes()
         self.compile_layers = settings.compile
         self._compiled = False
+        self.graphs = Graphs() if settings.graphs else None
         self.sam_model = SAMEncoder(self._sam_sizes, attention=settings.attention)
         self.vision_model = CLIPEncoder(clip_sizes or CLIPSizes())
 
@@ -81,6 +83,12 @@ class DeepSeekOCREncoder(OCREncoder):
         folder = resolve(checkpoint)
         load_strictly(self.sam_model, folder, prefix="model.sam_model.")
         load_strictly(self.vision_model, folder, prefix="model.vision_model.", unused=UNUSED_CLIP_TENSORS)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `to`, `half` and `cpu` call: graphs of weights that move are of no use, and hold memory."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        return super()._apply(fn, recurse)
 
     @property
     def feature_width(self) -> int:
@@ -130,13 +138,15 @@ class DeepSeekOCREncoder(OCREncoder):
         return [found[number] for number in range(len(pages))]
 
     def _encode(self, pages_PHW: torch.Tensor) -> torch.Tensor:
-        """Square pages of one size; compiled where that was asked for and works."""
+        """Square pages of one size; compiled where that was asked for and works, as a graph where that can be."""
         if self.compile_layers and not self._compiled:
             for layer in self._layers():
                 layer.forward = torch.compile(layer.forward)
             self._compiled = True
         try:
-            return self._features(pages_PHW)
+            if self.graphs is None:
+                return self._features(pages_PHW)
+            return self.graphs(self._features, pages_PHW, module=self, dtype=self.sam_model.pos_embed.dtype)
         except TorchDynamoException as error:
             log.warning("the encoder's layers cannot be compiled here and run as they are: %s", error)
             for layer in self._layers():

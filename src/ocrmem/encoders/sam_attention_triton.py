@@ -10,7 +10,8 @@ padded positions have that layer's bias as key and value, and are attended to li
 the tiles, which the hardware copies past the registers: of a score their key is one value a query, and of the result
 their value counts as often as their weights add up to.
 
-The bias comes from a kernel of its own, which reads queries where they lie too.
+The bias comes from a kernel of its own, which reads queries where they lie too. Its column part is padded to `COLUMNS`
+with zeros, so that a query's values are whole sectors of memory.
 """
 
 from __future__ import annotations
@@ -34,26 +35,39 @@ CONFIGS = [
     for block, split, warps, stages, registers in (
         (64, 1, 4, 2, None), (64, 1, 4, 3, None), (64, 1, 4, 2, 128), (64, 2, 4, 2, 128), (64, 2, 4, 3, 128),
         (64, 4, 4, 2, None), (64, 4, 4, 3, None), (128, 1, 8, 3, None), (128, 1, 8, 2, 128), (128, 2, 8, 2, 128),
+        (128, 1, 4, 2, None), (64, 1, 4, 4, None),
     )
 ]  # fmt: skip
 """Queries of a tile, parts of a tile of keys, warps, pipeline stages and registers that are tried at the first use; the
 fastest stays."""
 BLOCK_LINE = 64
 """Queries of a row or column whose bias is made at once."""
+BIAS_CONFIGS = [
+    triton.Config({"LINES": lines}, num_warps=4, num_stages=stages) for lines, stages in ((4, 2), (4, 3), (1, 2))
+]
+"""Rows or columns whose bias a program makes one after the other, loading the next meanwhile, and how many of them it
+keeps at a time: tried like the others."""
 FEW_POSITIONS = 256
 """A page of fewer positions is a trial whether the kernel runs: nothing is tried out for it."""
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unless_few(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+    """The configs to time for a page of so many positions."""
+    return configs[:1] if arguments["height"] * arguments["width"] < FEW_POSITIONS else configs
+
+
 def worth_trying(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
     """The configs to time for these arguments of the kernel."""
-    if arguments["height"] * arguments["width"] < FEW_POSITIONS:
-        return configs[:1]
     rows, columns = constants["JOINED"], constants["COLUMNS"]
+    configs = unless_few(configs, arguments)
     return [c for c in configs if c.kwargs["SPLIT"] == 1 or rows // c.kwargs["SPLIT"] * columns >= MIN_PRODUCT]
 
 
 @triton.autotune(
-    CONFIGS[:1] if os.environ.get("TRITON_INTERPRET") == "1" else CONFIGS,
+    CONFIGS[:1] if INTERPRETED else CONFIGS,
     key=["height", "width", "WINDOW_W", "HEAD"],
     prune_configs_by={"early_config_prune": worth_trying},
 )
@@ -89,8 +103,8 @@ def _kernel(
     row, column = place_k // COLUMNS, place_k % COLUMNS
     page_head = page * HEADS + head
     across = tl.load(
-        bias_w + (page_head * height * width + position[:, None]) * WINDOW_W + column[None, :],
-        mask=valid[:, None] & (column < WINDOW_W)[None, :],
+        bias_w + (page_head * height * width + position[:, None]) * COLUMNS + column[None, :],
+        mask=valid[:, None],
         other=0.0,
     ).to(tl.float32) * LOG2  # fmt: skip
     down = bias_h + page_head * WINDOW_H * height * width + position
@@ -147,39 +161,69 @@ def _kernel(
     tl.store(target, result.to(out.dtype.element_ty), mask=valid[:, None])
 
 
+@triton.autotune(
+    BIAS_CONFIGS[:1] if INTERPRETED else BIAS_CONFIGS,
+    key=["height", "width", "WINDOW_W", "HEAD"],
+    prune_configs_by={"early_config_prune": unless_few},
+)
 @triton.jit
 def _bias_kernel(
-    qkv, table, out, height, width,
-    HEADS: tl.constexpr, HEAD: tl.constexpr, KEYS: tl.constexpr, PADDED: tl.constexpr, DOWN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    qkv, table_h, table_w, bias_h, bias_w, height, width,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, COLUMNS: tl.constexpr,
+    PADDED_H: tl.constexpr, PADDED_W: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """A product of each query with the vectors of its row (DOWN) or column, [rows or columns of the page, KEYS, HEAD].
+    """Both parts of the bias: a product of each query with the vectors of its row, and one with those of its column.
 
-    `out` is [P, heads, KEYS, h, w] with DOWN, else [P, heads, h, w, KEYS].
+    The programs of a page come one after another, so that its queries are in the cache when they are read again, and
+    those of a place's heads, which lie side by side.
+    """
+    in_rows = tl.cdiv(height, LINES) * tl.cdiv(width, BLOCK)
+    in_columns = tl.cdiv(width, LINES) * tl.cdiv(height, BLOCK)
+    head, group = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    part = group % (in_rows + in_columns)
+    page = (group // (in_rows + in_columns)).to(tl.int64)
+    page_qkv = qkv + page * height * width * (3 * HEADS * HEAD) + head * HEAD
+    places = (page * HEADS + head) * height * width
+    if part < in_rows:
+        _bias_of_lines(
+            page_qkv, table_h, bias_h + places * WINDOW_H, height, width, part,
+            3 * HEADS * HEAD, HEAD, WINDOW_H, WINDOW_H, PADDED_H, True, BLOCK, LINES,
+        )  # fmt: skip
+    else:
+        _bias_of_lines(
+            page_qkv, table_w, bias_w + places * COLUMNS, height, width, part - in_rows,
+            3 * HEADS * HEAD, HEAD, WINDOW_W, COLUMNS, PADDED_W, False, BLOCK, LINES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _bias_of_lines(
+    qkv, table, out, height, width, part,
+    STRIDE: tl.constexpr, HEAD: tl.constexpr, KEYS: tl.constexpr, STORED: tl.constexpr, PADDED: tl.constexpr,
+    DOWN: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Products of the queries of LINES rows (DOWN) or columns with `table` [rows or columns of the page, KEYS, HEAD].
+
+    `out` is [KEYS, h, w] with DOWN, else [h, w, STORED], with zeros from KEYS on.
     """
     lines = height if DOWN else width
     length = width if DOWN else height
     num_blocks = tl.cdiv(length, BLOCK)
-    block, group = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
-    line, head = group % lines, (group // lines) % HEADS
-    page = (group // lines // HEADS).to(tl.int64)
-    along = block * BLOCK + tl.arange(0, BLOCK)
-    position = line * width + along if DOWN else along * width + line
-    valid = along < length
+    along = part % num_blocks * BLOCK + tl.arange(0, BLOCK)
     channel, key = tl.arange(0, HEAD), tl.arange(0, PADDED)
-    row_stride = 3 * HEADS * HEAD
-    query = tl.load(
-        qkv + page * height * width * row_stride + head * HEAD + position[:, None] * row_stride + channel[None, :],
-        mask=valid[:, None],
-        other=0.0,
-    )
-    vectors = tl.load(
-        table + (line * KEYS + key)[:, None] * HEAD + channel[None, :], mask=(key < KEYS)[:, None], other=0.0
-    )
-    bias = tl.dot(query, tl.trans(vectors)).to(out.dtype.element_ty)
-    target = out + (page * HEADS + head) * KEYS * height * width
-    place = key[None, :] * height * width + position[:, None] if DOWN else position[:, None] * KEYS + key[None, :]
-    tl.store(target + place, bias, mask=valid[:, None] & (key < KEYS)[None, :])
+    for number in range(LINES):
+        line = part // num_blocks * LINES + number
+        position = line * width + along if DOWN else along * width + line
+        valid = (along < length)[:, None] & (line < lines)
+        query = tl.load(qkv + position[:, None] * STRIDE + channel[None, :], mask=valid, other=0.0)
+        vectors = tl.load(
+            table + (line * KEYS + key)[:, None] * HEAD + channel[None, :],
+            mask=(key < KEYS)[:, None] & (line < lines),
+            other=0.0,
+        )
+        bias = tl.dot(query, tl.trans(vectors)).to(out.dtype.element_ty)
+        place = key[None, :] * height * width + position[:, None] if DOWN else position[:, None] * STORED + key[None, :]
+        tl.store(out + place, bias, mask=valid & (key < STORED)[None, :])
 
 
 @torch.library.custom_op("ocrmem::windowed_attention", mutates_args=())
@@ -202,19 +246,19 @@ def windowed_attention(
     head = channels // (3 * num_heads)
     out = qkv_PHW3.new_empty(pages, height, width, num_heads * head)
     bias_h = qkv_PHW3.new_empty(pages, num_heads, window_h, height, width)
-    bias_w = qkv_PHW3.new_empty(pages, num_heads, height, width, window_w)
+    sizes = tiles(height, width, (window_h, window_w))
+    bias_w = qkv_PHW3.new_empty(pages, num_heads, height, width, sizes["COLUMNS"])
     across, down = -(-width // window_w), -(-height // window_h)
     groups = pages * across * down * num_heads
     with torch.cuda.device_of(qkv_PHW3):
-        for is_down, table, bias, keys in ((True, table_h, bias_h, window_h), (False, table_w, bias_w, window_w)):
-            lines, length = (height, width) if is_down else (width, height)
-            _bias_kernel[(triton.cdiv(length, BLOCK_LINE) * lines * num_heads * pages,)](  # pyright: ignore
-                qkv_PHW3, table, bias, height, width, HEADS=num_heads, HEAD=head, KEYS=keys,
-                PADDED=max(MIN_PRODUCT, triton.next_power_of_2(keys)), DOWN=is_down, BLOCK=BLOCK_LINE, num_warps=4,
-            )  # fmt: skip
+        _bias_kernel[lambda meta: (bias_parts(height, width, meta["LINES"]) * num_heads * pages,)](  # pyright: ignore
+            qkv_PHW3, table_h, table_w, bias_h, bias_w, height, width, HEADS=num_heads, HEAD=head, WINDOW_H=window_h,
+            WINDOW_W=window_w, COLUMNS=sizes["COLUMNS"], PADDED_H=max(MIN_PRODUCT, triton.next_power_of_2(window_h)),
+            PADDED_W=max(MIN_PRODUCT, sizes["COLUMNS"]), BLOCK=BLOCK_LINE,
+        )  # fmt: skip
         _kernel[lambda meta: (triton.cdiv(window_h * window_w, meta["BLOCK_Q"]) * groups,)](  # pyright: ignore
             qkv_PHW3, qkv_bias, bias_h, bias_w, out, height, width, across, across * down, head**-0.5 * LOG2_E,
-            HEADS=num_heads, HEAD=head, **tiles(height, width, (window_h, window_w)),
+            HEADS=num_heads, HEAD=head, **sizes,
         )  # fmt: skip
     return out
 
@@ -230,6 +274,12 @@ def _(
     window_w: int,
 ) -> torch.Tensor:
     return qkv_PHW3.new_empty(*qkv_PHW3.shape[:3], qkv_PHW3.shape[3] // 3)
+
+
+def bias_parts(height: int, width: int, lines: int) -> int:
+    """Programs of a page and head: of its rows first, then of its columns."""
+    in_rows = triton.cdiv(height, lines) * triton.cdiv(width, BLOCK_LINE)
+    return in_rows + triton.cdiv(width, lines) * triton.cdiv(height, BLOCK_LINE)
 
 
 def tiles(height: int, width: int, window: tuple[int, int]) -> dict[str, int | bool]:

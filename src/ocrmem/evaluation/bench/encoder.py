@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from ocrmem.config.encoder import DeepSeekOCRSettings
 from ocrmem.config.render import deepseek_ocr_page
 from ocrmem.encoders.deepencoder_sam import Block
 from ocrmem.encoders.deepseek_ocr import DeepSeekOCREncoder
+from ocrmem.encoders.graphs import PLAIN_RUNS
 from ocrmem.encoders.sam_attention import Implementation, choose
 from ocrmem.errors import ConfigError
 from ocrmem.evaluation.bench.deepencoder import TransformersDeepEncoder, random_encoder
@@ -20,12 +23,32 @@ from ocrmem.evaluation.bench.flops import clip_flops, sam_flops
 from ocrmem.evaluation.bench.sizes import Sizes
 from ocrmem.evaluation.bench.timing import Results, measure
 
-WAYS: tuple[tuple[Implementation, bool], ...] = (
-    ("triton", False), ("triton", True), ("folded", False), ("reference", False),
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way of ours to encode, as `DeepSeekOCRSettings` has it."""
+
+    attention: Implementation
+    compile: bool = False
+    graphs: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its row."""
+        return f"ocrmem {self.attention}" + ", compiled" * self.compile + ", graphs" * self.graphs
+
+
+AUTO = Way(attention="auto", graphs=True)
+"""What a user gets who sets nothing."""
+WAYS = (
+    Way(attention="triton", compile=True), Way(attention="triton", compile=True, graphs=True),
+    Way(attention="triton"), Way(attention="folded"), Way(attention="reference"),
 )  # fmt: skip
-"""Attention, and whether layers are compiled; what matters most comes first."""
-LATER_WAYS: tuple[tuple[Implementation, bool], ...] = (("folded", True), ("flex", True))
+"""What matters most comes first."""
+LATER_WAYS = (Way(attention="folded", compile=True), Way(attention="flex", compile=True))
 """Those that take half a minute to compile and are there for comparison."""
+WARM_UP = PLAIN_RUNS + 1
+"""Calls before those that are timed: in the last of them a graph is captured."""
 
 
 def bench_encoder(results: Results, sizes: Sizes, device: torch.device, tflops: float) -> None:
@@ -55,7 +78,7 @@ def bench_encoder(results: Results, sizes: Sizes, device: torch.device, tflops: 
         *,
         compare: bool = True,
     ) -> None:
-        found = measure(lambda: run(batch), device, repeats=10)
+        found = measure(lambda: run(batch), device, repeats=10, warm_up=WARM_UP)
         rate = 1e3 * batch.shape[0] / found["ms"]
         row |= {"pages_per_second": round(rate, 2), **found}
         row["share_of_matrix_product_rate"] = round(rate * flops / 1e12 / tflops, 4)
@@ -66,13 +89,13 @@ def bench_encoder(results: Results, sizes: Sizes, device: torch.device, tflops: 
         results.check_time()
         fill(row, TransformersDeepEncoder(encoder, sizes.sam, sizes.clip))
 
-    def fill_ways(ways: tuple[tuple[Implementation, bool], ...], *, needs: float = 0.0) -> None:
-        for attention, compiled in ways:
-            name = f"ocrmem {attention}" + (", compiled" if compiled else "")
-            with results.row(name, device, attention=attention, compiled=compiled) as row:
+    def fill_ways(ways: tuple[Way, ...], *, needs: float = 0.0) -> None:
+        for way in ways:
+            about = {"attention": way.attention, "compiled": way.compile, "graphs": way.graphs}
+            with results.row(way.name, device, **about) as row:
                 results.check_time(needs=needs)
-                check_way(attention, device, sizes)
-                fill(row, variant(encoder, sizes, attention, compiled=compiled))
+                check_way(way.attention, device, sizes)
+                fill(row, captured(variant(encoder, sizes, way), pages_PHW))
 
     fill_ways(WAYS)
     note_ratios(results)
@@ -84,13 +107,14 @@ def bench_encoder(results: Results, sizes: Sizes, device: torch.device, tflops: 
     for batch in sizes.batches:
         with results.row(f"ocrmem auto, batch {batch}", device) as row:
             results.check_time()
-            fill(row, variant(encoder, sizes, "auto", compiled=False), pages_PHW[:batch])
+            fill(row, variant(encoder, sizes, AUTO), pages_PHW[:batch])
     with results.row("ocrmem, mixed page sizes", device, page_sizes=list(sizes.mixed)) as row:
         results.check_time()
         mixed = [torch.randint(0, 256, (side, side), dtype=torch.uint8, device=device) for side in sizes.mixed]
-        way = variant(encoder, sizes, "auto", compiled=False)
         with torch.no_grad():
-            found = measure(lambda: way.encode_mixed(mixed), device, repeats=5)
+            run = functools.partial(variant(encoder, sizes, AUTO).encode_mixed, mixed)
+            found = measure(run, device, repeats=5, warm_up=WARM_UP)
+            del run  # it holds the encoder, and so the memory of graphs that later rows do not need
         row |= {"pages_per_second": round(1e3 * len(mixed) / found["ms"], 2), **found}
     attention_rows(results, sizes, device)
     fill_ways(LATER_WAYS, needs=compiling(30.0, device))
@@ -125,15 +149,28 @@ def check_way(attention: Implementation, device: torch.device, sizes: Sizes) -> 
         raise ConfigError(f"attention={attention!r} does not run here; {runs!r} would run in its place.")
 
 
-def variant(
-    encoder: DeepSeekOCREncoder, sizes: Sizes, attention: Implementation, *, compiled: bool
-) -> DeepSeekOCREncoder:
-    """An encoder that shares another's weights and attends in another way."""
-    settings = DeepSeekOCRSettings(page_size=sizes.page_size, attention=attention, compile=compiled)
+def variant(encoder: DeepSeekOCREncoder, sizes: Sizes, way: Way) -> DeepSeekOCREncoder:
+    """An encoder that shares another's weights and encodes in another way."""
+    settings = DeepSeekOCRSettings(page_size=sizes.page_size, **dataclasses.asdict(way))
     with torch.device("meta"):
         other = DeepSeekOCREncoder(settings, page=encoder.page, sam_sizes=sizes.sam, clip_sizes=sizes.clip)
     other.load_state_dict(encoder.state_dict(), assign=True)
     return other.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def captured(encoder: DeepSeekOCREncoder, pages_PHW: torch.Tensor) -> DeepSeekOCREncoder:
+    """The encoder, which has a graph for such pages if it was to have one.
+
+    Raises:
+        ConfigError: they could not be captured, so that the row would be one without graphs.
+    """
+    if encoder.graphs is not None:
+        for _ in range(WARM_UP):
+            encoder(pages_PHW)
+        if len(encoder.graphs) == 0:
+            raise ConfigError("the encoder cannot be captured as a CUDA graph here.")
+    return encoder
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 
 from ocrmem.data.processor import stack_pages
 from ocrmem.encoders.deepseek_ocr import DeepSeekOCREncoder
+from ocrmem.encoders.graphs import PLAIN_RUNS
 from ocrmem.evaluation.bench.models import (
     bench_encoder_of,
     memory_model,
@@ -83,7 +84,7 @@ def bench_prefill(results: Results, sizes: Sizes, device: torch.device, tflops: 
         for name, run in ways.items():
             with results.row(name, device) as row, torch.no_grad():
                 results.check_time()
-                row |= measure(run, device, repeats=7, warm_up=2, seconds=8)
+                row |= measure(run, device, repeats=7, warm_up=PLAIN_RUNS + 1, seconds=8)
     with results.row("render alone", device) as row:
         results.check_time()
         row |= measure(lambda: renderer.pages(text), torch.device("cpu"), repeats=5)
