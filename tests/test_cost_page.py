@@ -63,7 +63,7 @@ def test_the_million():
         benched(part, f"{unit}_per_second") for part, unit in (("step", "positions"), ("encoder", "pages"))
     )
     packed, plain = step["ocrmem, 30% short samples, packed"], step["plain Hugging Face"]
-    ours, theirs = encoder["ocrmem triton, compiled"], encoder["transformers sdpa"]
+    ours, theirs = encoder["ocrmem triton, compiled, graphs"], encoder["transformers sdpa"]
     for row in (
         f"train at {packed:,.0f} positions/s",
         f"{positions / packed / 3600:.0f} hours | {positions / packed / 8 / 3600:.1f} hours",
@@ -100,10 +100,11 @@ def test_what_was_measured():
     )
     for shown, name in (
         ("transformers, SDPA", "transformers sdpa"),
-        ("`attention: triton`, `compile: true`", "ocrmem triton, compiled"),
-        ("`triton`", "ocrmem triton"),
-        ("`folded`", "ocrmem folded"),
-        ("`reference`", "ocrmem reference"),
+        ("`attention: triton`, `compile: true`, `graphs: true`", "ocrmem triton, compiled, graphs"),
+        ("the same, `graphs: false`", "ocrmem triton, compiled"),
+        ("`triton`, neither", "ocrmem triton"),
+        ("`folded`, neither", "ocrmem folded"),
+        ("`reference`, neither", "ocrmem reference"),
     ):
         assert f"| {shown} | {pages[name]:.0f} | {shares[name]:.2f} | {peaks[name]:.1f} GB |" in PAGE
     positions, shares, peaks = (

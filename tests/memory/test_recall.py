@@ -1,5 +1,9 @@
 """Recall: the passages that a question is about, back as text."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -49,6 +53,16 @@ def test_passages_hold_all_of_the_text_and_break_between_words():
     whole = Passages(20)
     whole.append(text)
     assert whole.all == passages.all
+
+
+def test_jax_is_not_started_for_it(tmp_path):
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("print('jax was imported')")
+    (tmp_path / "jax" / "lax.py").write_text("top_k = lambda values, k: None")
+    code = "from ocrmem.memory.recall import load_bm25s; load_bm25s(); print('loaded'); import jax"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split("\n")[:2] == ["loaded", "jax was imported"], done.stderr
 
 
 def test_without_bm25s_it_is_said(monkeypatch):

@@ -8,7 +8,7 @@ pages' texts ─▶ the k best for the question ─▶ their sentences, the best
 from __future__ import annotations
 
 import logging
-import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +30,11 @@ def load_bm25s() -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    # It starts JAX where that is installed, which would keep three quarters of a GPU's memory for itself.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # With JAX at hand bm25s would start it, threads, a context on the GPU and all, for a ranking that is not used here;
+    # a data loader's forks may then wait for ever.
+    hidden = "jax" not in sys.modules
+    if hidden:
+        sys.modules["jax"] = None  # pyright: ignore[reportArgumentType] - an import of it fails
     try:
         import bm25s
     except ImportError:
@@ -39,6 +42,9 @@ def load_bm25s() -> Any:
             "recall was asked for, but the package bm25s is not installed: pip install 'ocrmem[recall]', or set "
             "recall to 0 (in training, exact of every stage)."
         ) from None
+    finally:
+        if hidden:
+            del sys.modules["jax"]
     logger = logging.getLogger("bm25s")
     if logger.level != logging.WARNING:  # it logs every index at DEBUG; setting a level empties every logger's cache
         logger.setLevel(logging.WARNING)
