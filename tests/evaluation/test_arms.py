@@ -1,5 +1,6 @@
 """Arms and scoring with the real LLM, encoder and held-out text."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,13 +11,14 @@ from ocrmem.config.projection import ProjectionSettings
 from ocrmem.config.train import TrainConfig
 from ocrmem.data.conversations import read_conversations
 from ocrmem.data.documents import document_hash, read_documents
-from ocrmem.errors import DataError
+from ocrmem.errors import ConfigError, DataError
 from ocrmem.evaluation import arms
 from ocrmem.evaluation.arms import Contexts
 from ocrmem.evaluation.probes import cued_recall_probes
 from ocrmem.evaluation.report import check_schema, write_report
-from ocrmem.evaluation.run import EvalSettings, evaluate
+from ocrmem.evaluation.run import evaluate
 from ocrmem.evaluation.scoring import Scorer, make_prompt
+from ocrmem.evaluation.settings import EvalSettings
 from ocrmem.memory.features import FeatureStore
 from ocrmem.training.build import build_model, find_data
 
@@ -153,6 +155,20 @@ def test_an_evaluation_fills_every_table(model_and_processor, tmp_path):
     assert steps.index(("reading 200: answers", 0, 4)) < steps.index(("reading 200: answers", 4, 4))
     page = write_report(_written(results, tmp_path), tmp_path / "docs")
     assert "untrained-projection" in page.read_text()
+
+
+def test_arms_that_are_not_asked_for_are_named(model_and_processor, tmp_path):
+    model_and_processor[0].save_pretrained(tmp_path / "adapter", manifest={"documents": [], "steps": 7})
+    asked = dataclasses.replace(SMALL, parts=("using",), arms=("memory-ledger", "bm25"), answers=False)
+    results = evaluate(tmp_path / "adapter", asked)
+    found = {row["arm"] for row in results["using"]}
+    assert found == {"none", "full-text", "bm25", "memory", "memory-ledger"}
+    assert all(row["token_f1"] is None for row in results["using"])
+    reasons = {row["arm"]: row["reason"] for row in results["left_out"]}
+    assert reasons["untrained-projection"] == reasons["last-n"] == "not asked for"
+    assert not found & set(reasons)
+    with pytest.raises(ConfigError, match="unknown arms bm52: expected some of none, full-text"):
+        EvalSettings(arms=("bm52",))
 
 
 def _written(results, tmp_path):

@@ -31,7 +31,7 @@ def test_a_run_becomes_a_panel_with_its_stages(tmp_path):
     assert panel.get_title() == "mine"
     row = "| mine | 300 | 0.750 | 0.750 | 0.750 | 0.750 | 1.500 | 1.500 | `ocrmem train a.yaml --json` | CPU |"
     assert row in learning_section(runs)
-    assert row in short_section(runs)
+    assert row.replace(" `ocrmem train a.yaml --json` |", "") in short_section(runs)
     assert short_section({}) == ()
 
 

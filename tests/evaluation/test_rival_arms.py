@@ -17,8 +17,9 @@ from ocrmem.errors import ConfigError, DataError
 from ocrmem.evaluation.arms import Contexts
 from ocrmem.evaluation.probes import cued_recall_probes
 from ocrmem.evaluation.rivals import RIVALS, load_rival, parse_rivals
-from ocrmem.evaluation.run import EvalSettings, evaluate
+from ocrmem.evaluation.run import evaluate
 from ocrmem.evaluation.scoring import Scorer, make_prompt
+from ocrmem.evaluation.settings import EvalSettings
 from ocrmem.training.build import build_model, find_data
 from ocrmem.training.build_objectives import finest
 from ocrmem.training.packing import rival_slots

@@ -438,7 +438,7 @@ def test_export_and_import(path, tmp_path):
 
 
 def test_kills_at_random_moments(path):
-    done = kill_often(path, number=12)
+    done = kill_often(path, number=12, at_least=21)
     assert done["messages"] > 20, done
     assert done["pages"] > 0, done
 

@@ -24,6 +24,10 @@ def command(
     parts: Annotated[
         str, typer.Option(help="Parts to run; if not all, they replace those of an output file that is there.")
     ] = "reading,using,cost",
+    arms: Annotated[
+        str, typer.Option(help="Arms of the part using besides none, full-text and memory, such as bm25; none: all.")
+    ] = "",
+    answers: Annotated[bool, typer.Option(help="Answer the questions too; without, cross entropy alone.")] = True,
     rival: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,7 +55,8 @@ def command(
     from ocrmem.evaluation.merge import merge_results
     from ocrmem.evaluation.report import read_file
     from ocrmem.evaluation.rivals import parse_rivals
-    from ocrmem.evaluation.run import PARTS, EvalSettings, evaluate
+    from ocrmem.evaluation.run import evaluate
+    from ocrmem.evaluation.settings import PARTS, EvalSettings
     from ocrmem.files import write_text
     from ocrmem.model.llm import usable_device
 
@@ -68,7 +73,12 @@ def command(
         raise ConfigError(f"--reading-chars {reading_chars}: expected numbers, such as 256,1024,4096.") from None
     rivals = parse_rivals(rival or [])
     settings = EvalSettings(
-        samples=samples, next_turn_samples=next_turn_samples, reading_chars=lengths, parts=tuple(parts.split(","))
+        samples=samples,
+        next_turn_samples=next_turn_samples,
+        reading_chars=lengths,
+        parts=tuple(parts.split(",")),
+        arms=tuple(arms.split(",")) if arms else (),
+        answers=answers,
     )
     path = output or Path("results/fidelity") / f"{adapter.name}.json"
     unfinished = path.with_name(f"{path.name}.unfinished")

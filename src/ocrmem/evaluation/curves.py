@@ -95,23 +95,28 @@ def short_section(runs: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
     return (
         "## Rivals after as many steps, and what each part is worth",
         "",
-        "Short runs of the recipe (`benchmarks/fidelity.py`). `…-memory` and the rivals have the same data, steps and",
-        "size of projection; `no-…` leaves a part out. `more-…` go on from `2x-memory` with all of its last stage",
-        "(`more-whole`) or a part of it. Held-out token accuracy, teacher-forced, at the end:",
+        "Short runs of the recipe, each by `python benchmarks/fidelity.py --only NAME`. `…-memory` and the rivals have",
+        "the same data, steps and size of projection; `no-…` leaves a part out. `more-…` go on from `2x-memory` with",
+        "all of the last stage (`more-whole`) or without a part of it. Held-out token accuracy, teacher-forced, and",
+        "cross entropy at the end:",
         "",
-        *last_values(runs),
+        *last_values(runs, commands=False),
         "",
     )
 
 
-def last_values(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A table of every run's last evaluation while training."""
+def last_values(runs: Mapping[str, Mapping[str, Any]], *, commands: bool = True) -> list[str]:
+    """A table of every run's last evaluation while training.
+
+    Args:
+        commands: a column for the command of each.
+    """
     shown = {**METRICS, **LOSSES}
-    head = ["run", "steps", *shown.values(), "command", "device"]
+    head = ["run", "steps", *shown.values(), *(["command"] if commands else []), "device"]
     lines = [head, ["---"] * len(head)]
     for name, run in runs.items():
         last = next((entry for entry in reversed(run["log_history"]) if not METRICS.keys().isdisjoint(entry)), {})
         values = [f"{last[metric]:.3f}" if metric in last else "–" for metric in shown]
-        command = f"`{run['command']}`" if "command" in run else "–"
-        lines.append([name, f"{last.get('step', 0):,}", *values, command, run.get("device", "–")])
+        command = [f"`{run['command']}`" if "command" in run else "–"] if commands else []
+        lines.append([name, f"{last.get('step', 0):,}", *values, *command, run.get("device", "–")])
     return ["| " + " | ".join(line) + " |" for line in lines]

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,13 +24,13 @@ from ocrmem.config.objectives import Features
 from ocrmem.data.conversations import read_conversations
 from ocrmem.data.documents import Document, read_documents
 from ocrmem.data.processor import MEMProcessor
-from ocrmem.errors import ConfigError
 from ocrmem.evaluation import metrics, probes
 from ocrmem.evaluation.arms import Contexts, arms_left_out
 from ocrmem.evaluation.probes import Probe
 from ocrmem.evaluation.report import SCALE_ARMS, SCHEMA, check_schema
 from ocrmem.evaluation.rivals import RIVALS, Rival, load_rival
 from ocrmem.evaluation.scoring import Prompt, Scorer, make_prompt
+from ocrmem.evaluation.settings import UNTRAINED, EvalSettings
 from ocrmem.model.adapter import read_manifest
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.model.projection import Projection
@@ -41,44 +40,10 @@ READING_ROOM = 1.25
 """A greedy reconstruction may have so many times the tokens of its target."""
 ANSWERED = ("none", "full-text", "bm25", "memory", "shuffled-memory", *RIVALS)
 """Arms whose answers are generated and read; the others are scored by cross entropy alone."""
-PARTS = ("reading", "using", "cost")
-"""What an evaluation consists of."""
 LEFT_OUT = (("llmlingua-2", "its model is in no package registry, so it could not be had"),)
 """Arms that no evaluation can have, and why."""
 
 Key = TypeVar("Key")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSettings:
-    """How much is asked."""
-
-    parts: tuple[str, ...] = PARTS
-    """Which of `PARTS` are run; the others stay empty."""
-    samples: int = 400
-    """Probes of cued recall and of cloze questions, each; a fourth of that for each length of reading."""
-    next_turn_samples: int = 2000
-    """Probes of the next turn: its headroom is small."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Probes are dealt out over these seeds."""
-    reading_chars: tuple[int, ...] = (256, 1024, 4096)
-    """Lengths of the reading probes."""
-    history_chars: int = 2048
-    """Longest history of the other probes."""
-    cost_repeats: int = 5
-    """How often each part of the cost is timed, after one run that is not counted."""
-    answer_tokens: int = 48
-    """Longest answer to a question."""
-    conversations: str = "chitchat/heldout.jsonl"
-    """Held-out conversations."""
-    prose: str = "wiki-leads/heldout.jsonl"
-    """Held-out documents with titles."""
-
-    def __post_init__(self) -> None:
-        if not self.parts or set(self.parts) - set(PARTS):
-            raise ConfigError(f"parts {', '.join(self.parts) or 'none'}: expected some of {', '.join(PARTS)}.")
-        if min(self.samples, self.next_turn_samples, *self.reading_chars) < 1 or not self.seeds:
-            raise ConfigError("an evaluation needs at least one sample, and at least one seed.")
 
 
 Rows = list[dict[str, Any]]
@@ -143,7 +108,10 @@ def evaluate(
         "using": [],
         "mean_gain": [],
         "cost": [],
-        "left_out": [{"arm": arm, "reason": reason} for arm, reason in (*LEFT_OUT, *left_out, *arms_left_out())],
+        "left_out": [
+            {"arm": arm, "reason": reason}
+            for arm, reason in (*LEFT_OUT, *left_out, *arms_left_out(), *settings.not_asked_for())
+        ],
     }
 
     def results() -> dict[str, Any]:
@@ -279,16 +247,16 @@ class _Run:
             self.progress(f"{task} {source}: contexts", len(found), len(found))
             prompts: dict[str, list[Prompt]] = {}
             losses: dict[str, np.ndarray] = {}
-            for arm in (*contexts.arms, "untrained-projection"):
-                prompts[arm] = self._prompts("memory" if arm == "untrained-projection" else arm, contexts)
+            for arm in filter(s.asks_for, (*contexts.arms, UNTRAINED)):
+                prompts[arm] = self._prompts("memory" if arm == UNTRAINED else arm, contexts)
                 scorer = self._scorer(f"{task} {source}: {arm}", len(found))
                 trained = self.model.proj
-                if arm == "untrained-projection":
+                if arm == UNTRAINED:
                     self.model.proj = self.untrained
                 losses[arm], _ = scorer.score(prompts[arm])
                 self.model.proj = trained
             answers: dict[str, list[str]] = {}
-            if task != "next-turn":
+            if task != "next-turn" and s.answers:
                 asked = {arm: chosen for arm, chosen in prompts.items() if arm in ANSWERED}
                 answers = self._answers(f"{task} {source}: answers", asked, lambda _: s.answer_tokens)
             budgets = {arm: statistics.fmean(p.context.num_tokens for p in chosen) for arm, chosen in prompts.items()}

@@ -1,0 +1,64 @@
+"""How much an evaluation asks, and of which arms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ocrmem.errors import ConfigError
+from ocrmem.evaluation.arms import Contexts
+from ocrmem.evaluation.rivals import RIVALS
+
+UNTRAINED = "untrained-projection"
+ALL_ARMS = (*Contexts.ALL_ARMS, UNTRAINED, *RIVALS)
+"""Every arm that an evaluation can have."""
+ALWAYS = ("none", "full-text", "memory")
+"""Arms of every evaluation: what G is measured between, and what it is about."""
+PARTS = ("reading", "using", "cost")
+"""What an evaluation consists of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """How much is asked."""
+
+    parts: tuple[str, ...] = PARTS
+    """Which of `PARTS` are run; the others stay empty."""
+    samples: int = 400
+    """Probes of cued recall and of cloze questions, each; a fourth of that for each length of reading."""
+    next_turn_samples: int = 2000
+    """Probes of the next turn: its headroom is small."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Probes are dealt out over these seeds."""
+    reading_chars: tuple[int, ...] = (256, 1024, 4096)
+    """Lengths of the reading probes."""
+    history_chars: int = 2048
+    """Longest history of the other probes."""
+    cost_repeats: int = 5
+    """How often each part of the cost is timed, after one run that is not counted."""
+    arms: tuple[str, ...] = ()
+    """Arms of `using`, besides `none`, `full-text` and `memory`; empty: all."""
+    answers: bool = True
+    """Whether questions are answered too, and not scored by cross entropy alone."""
+    answer_tokens: int = 48
+    """Longest answer to a question."""
+    conversations: str = "chitchat/heldout.jsonl"
+    """Held-out conversations."""
+    prose: str = "wiki-leads/heldout.jsonl"
+    """Held-out documents with titles."""
+
+    def __post_init__(self) -> None:
+        if not self.parts or set(self.parts) - set(PARTS):
+            raise ConfigError(f"parts {', '.join(self.parts) or 'none'}: expected some of {', '.join(PARTS)}.")
+        if min(self.samples, self.next_turn_samples, *self.reading_chars) < 1 or not self.seeds:
+            raise ConfigError("an evaluation needs at least one sample, and at least one seed.")
+        unknown = sorted(set(self.arms) - set(ALL_ARMS))
+        if unknown:
+            raise ConfigError(f"unknown arms {', '.join(unknown)}: expected some of {', '.join(ALL_ARMS)}.")
+
+    def asks_for(self, arm: str) -> bool:
+        """Whether an arm takes part in `using`."""
+        return not self.arms or arm in (*ALWAYS, *self.arms)
+
+    def not_asked_for(self) -> list[tuple[str, str]]:
+        """Arms that could be had and were not asked for, and that reason."""
+        return [(arm, "not asked for") for arm in ALL_ARMS if arm not in RIVALS and not self.asks_for(arm)]
