@@ -23,6 +23,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ class Job:
     output: Path
     """What it leaves; it is done where this is there."""
     after: tuple[str, ...] = ()
-    """Jobs whose outputs it reads."""
+    """Jobs whose outputs it reads; without one of them it is left out."""
+    rivals: tuple[str, ...] = ()
+    """Jobs of its rivals; without one of them it has one arm less."""
     log: Path | None = None
     """Where what it prints is kept, with the command: a training's log."""
 
@@ -159,9 +162,16 @@ def all_jobs(scale: float = SCALE) -> list[Job]:
 
 def eval_job(name: str, adapter: Path, ratio: str, output: Path, needed: tuple[str, ...]) -> Job:
     """An evaluation with the rivals of a ratio, after the jobs `needed` too."""
-    rivals = [part for kind in RIVALS for part in ("--rival", f"{kind}=runs/{ratio}-{kind}/adapter")]
+    rivals = [f"--rival={kind}=runs/{ratio}-{kind}/adapter" for kind in RIVALS]
     command = ("eval", str(adapter), *rivals, "--device", "cuda", "--dtype", "bfloat16", "-o", str(output))
-    return Job(name, command, output, after=(*(f"{ratio}-{kind}" for kind in RIVALS), *needed))
+    return Job(name, command, output, after=needed, rivals=tuple(f"{ratio}-{kind}" for kind in RIVALS))
+
+
+def without_rivals(job: Job, failed: Sequence[str]) -> Job:
+    """An evaluation without the rivals that could not be trained."""
+    lost = [f"=runs/{name}/adapter" for name in job.rivals if name in failed]
+    command = tuple(part for part in job.command if not part.endswith(tuple(lost)))
+    return dataclasses.replace(job, command=command)
 
 
 def run(job: Job, gpu: int) -> bool:
@@ -219,10 +229,13 @@ def main() -> None:
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
-            for name in job.after:
+            for name in (*job.after, *job.rivals):
                 if name in finished:
                     finished[name].wait()
-            if not run(job, gpu):
+            missing = [name for name in job.after if name in failed]
+            if missing:
+                print(f"{job.name}: left out, {', '.join(missing)} failed", flush=True)
+            if missing or not run(without_rivals(job, failed), gpu):
                 failed.append(job.name)
             finished[job.name].set()
 

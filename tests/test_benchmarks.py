@@ -72,7 +72,14 @@ def test_the_list_of_jobs_can_be_pasted_into_a_shell():
     assert listed.returncode == 0, listed.stderr
     for line in listed.stdout.splitlines():
         assert shlex.split(line.partition(": ")[2])[0] == "ocrmem"
-    assert "--rival mean-pooling=runs/4x-mean-pooling/adapter" in listed.stdout
+    assert "--rival=mean-pooling=runs/4x-mean-pooling/adapter" in listed.stdout
     unknown = run("--list", "--only", "eval-8x")
     assert unknown.returncode == 1
     assert "no job eval-8x; --list shows them" in unknown.stderr
+
+
+def test_an_evaluation_does_not_need_every_rival(fidelity):
+    (job,) = [job for job in fidelity["all_jobs"]() if job.name == "eval-2x"]
+    left = fidelity["without_rivals"](job, ["2x-mean-pooling", "4x-convolution"]).command
+    assert set(job.command) - set(left) == {"--rival=mean-pooling=runs/2x-mean-pooling/adapter"}
+    assert fidelity["without_rivals"](job, []).command == job.command
