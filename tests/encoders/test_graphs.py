@@ -102,6 +102,15 @@ def test_what_ends_a_graph(captured, change):
     assert double(3) == ([2] if change is watched else [102])
 
 
+def test_a_module_that_shares_them_is_not_taken_for_the_one_that_was_captured(captured):
+    double = Doubler()
+    double(3, PLAIN_RUNS + 1)
+    whole, double.module = double.module, copy.copy(double.module)
+    assert double(3, PLAIN_RUNS) == [2] * PLAIN_RUNS
+    double.module = whole
+    assert double(3, PLAIN_RUNS + 1) == [2] * PLAIN_RUNS + [102]
+
+
 def test_weights_that_change_in_place_end_none(captured):
     double = Doubler()
     double(3, PLAIN_RUNS + 1)

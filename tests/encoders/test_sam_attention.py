@@ -1,5 +1,6 @@
 """SAM's attention: every way gives the reference's numbers, on full pages, cut windows and pages of several sizes."""
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -227,6 +228,17 @@ def test_compiled_layers_give_the_same_features():
         torch.testing.assert_close(compiled(pages(512, count)), plain(pages(512, count)), rtol=0, atol=1e-4)
     assert compiled.compile_layers
     assert all("forward" in vars(layer) for layer in compiled.sam_model.blocks)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_compiled_encoder_has_its_own_weights(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *arguments: function(*arguments))
+    compiled, pages_PHW = encoder(compile=True), pages(512, 1)
+    expected = compiled(pages_PHW)
+    copied = copy.deepcopy(compiled)
+    for weight in compiled.parameters():
+        weight.zero_()
+    assert torch.equal(copied(pages_PHW), expected)
 
 
 @torch.no_grad()

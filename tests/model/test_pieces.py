@@ -1,5 +1,6 @@
 """The projection's pieces and gain, adapters stored at half the size, and a start from fewer pieces."""
 
+import copy
 import json
 
 import pytest
@@ -218,3 +219,9 @@ def test_compiled_layers_take_pages_of_any_number_and_length_without_being_compi
         torch.testing.assert_close(compiled(features, used), plain(features, used))
     assert [graphs[0]] * 4 == [*graphs, backend.frame_count]
     assert graphs[0] > 0
+    copied = copy.deepcopy(compiled)
+    expected = copied(features, used)
+    with torch.no_grad():
+        for weight in compiled.parameters():
+            weight.zero_()
+    torch.testing.assert_close(copied(features, used), expected, msg="a copy reads the original's weights")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import types
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -141,7 +142,8 @@ class DeepSeekOCREncoder(OCREncoder):
         """Square pages of one size; compiled where that was asked for and works, as a graph where that can be."""
         if self.compile_layers and not self._compiled:
             for layer in self._layers():
-                layer.forward = torch.compile(layer.forward)
+                # A method, so that a copy's is the copy's own.
+                layer.forward = types.MethodType(torch.compile(type(layer).forward), layer)
             self._compiled = True
         try:
             if self.graphs is None:

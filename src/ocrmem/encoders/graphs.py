@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -34,7 +35,8 @@ FAILED: list[torch.cuda.CUDAGraph] = []
 
 
 class Graphs:
-    """Replays a run over pages where that is possible; a copy begins without graphs.
+    """Replays a run over pages of one module where that is possible; a copy begins without graphs, and so does another
+    module that came to share it, as by a shallow copy.
 
     All graphs share one pool of memory: none needs what another left there, since the pages lie outside of it, the
     features are copied out at once, and a replay waits for the one before, whatever streams and threads they are from.
@@ -45,6 +47,7 @@ class Graphs:
         self._seen: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Graph] = {}
         self._reads: Reads | None = None
+        self._module: Callable[[], nn.Module | None] = lambda: None
         self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
@@ -79,8 +82,9 @@ class Graphs:
 
     def _find(self, run: Run, pages_PHW: torch.Tensor, module: nn.Module, dtype: torch.dtype) -> _Graph | None:
         """The graph for these pages, captured if its time has come."""
-        if self._reads is not None and not self._reads.unchanged():
+        if self._module() is not module or (self._reads is not None and not self._reads.unchanged()):
             self.clear()
+            self._module = weakref.ref(module)
         key = (tuple(pages_PHW.shape), pages_PHW.dtype, pages_PHW.device, dtype, torch.is_inference_mode_enabled())
         if key in self._graphs:
             return self._graphs[key]

@@ -16,6 +16,7 @@ tokens enter the frozen LLM at the scale of text.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -208,16 +209,15 @@ def compile_projection(proj: Projection, **options: Any) -> None:
     Args:
         options: of `torch.compile`.
     """
+    plain = PageAttentionLayer.forward
+    compiled = torch.compile(plain, dynamic=True, **options)
+
+    def forward(layer: PageAttentionLayer, *arguments: Any) -> torch.Tensor:
+        return (compiled if torch.is_grad_enabled() else plain)(layer, *arguments)
+
     for layer in proj.modules():
         if isinstance(layer, PageAttentionLayer):
-            layer.forward = _with_gradient(torch.compile(layer.forward, dynamic=True, **options), layer.forward)
-
-
-def _with_gradient(compiled: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor]) -> Any:
-    def forward(*arguments: Any) -> torch.Tensor:
-        return (compiled if torch.is_grad_enabled() else plain)(*arguments)
-
-    return forward
+            layer.forward = types.MethodType(forward, layer)  # a method, so that a copy's is the copy's own
 
 
 def rotary(positions_V: torch.Tensor, width: int) -> torch.Tensor:
