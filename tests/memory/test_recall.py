@@ -55,14 +55,19 @@ def test_passages_hold_all_of_the_text_and_break_between_words():
     assert whole.all == passages.all
 
 
-def test_jax_is_not_started_for_it(tmp_path):
+@pytest.mark.parametrize("before", ["", "import jax, jax.lax, sys; mine = jax; "])
+def test_jax_is_not_started_for_it(before, tmp_path):
     (tmp_path / "jax").mkdir()
     (tmp_path / "jax" / "__init__.py").write_text("print('jax was imported')")
-    (tmp_path / "jax" / "lax.py").write_text("top_k = lambda values, k: None")
-    code = "from ocrmem.memory.recall import load_bm25s; load_bm25s(); print('loaded'); import jax"
+    (tmp_path / "jax" / "lax.py").write_text("def top_k(values, k): print('jax was started')")
+    load = "from ocrmem.memory.recall import load_bm25s; load_bm25s(); load_bm25s(); print('loaded'); import jax"
+    after = "; assert sys.modules['jax'] is jax is mine" if before else ""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.split("\n")[:2] == ["loaded", "jax was imported"], done.stderr
+    command = [sys.executable, "-c", before + load + after]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = ["loaded", "jax was imported"]
+    assert done.stdout.split("\n") == [*(reversed(lines) if before else lines), ""], done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_bm25s_it_is_said(monkeypatch):

@@ -7,9 +7,11 @@ pages' texts ─▶ the k best for the question ─▶ their sentences, the best
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,31 +26,47 @@ WORD = r"(?u)\b\w+\b"
 """What BM25 counts; bm25s' own pattern knows no single digit."""
 
 
+_LOADING = threading.Lock()
+"""One thread at a time hides JAX."""
+
+
 def load_bm25s() -> Any:
     """The package bm25s.
 
     Raises:
         ConfigError: it is not installed.
     """
-    # With JAX at hand bm25s would start it, threads, a context on the GPU and all, for a ranking that is not used here;
-    # a data loader's forks may then wait for ever.
-    hidden = "jax" not in sys.modules
-    if hidden:
-        sys.modules["jax"] = None  # pyright: ignore[reportArgumentType] - an import of it fails
     try:
-        import bm25s
+        with _without_jax():
+            import bm25s
     except ImportError:
         raise ConfigError(
             "recall was asked for, but the package bm25s is not installed: pip install 'ocrmem[recall]', or set "
             "recall to 0 (in training, exact of every stage)."
         ) from None
-    finally:
-        if hidden:
-            del sys.modules["jax"]
     logger = logging.getLogger("bm25s")
     if logger.level != logging.WARNING:  # it logs every index at DEBUG; setting a level empties every logger's cache
         logger.setLevel(logging.WARNING)
     return bm25s
+
+
+@contextlib.contextmanager
+def _without_jax() -> Iterator[None]:
+    """Hide JAX, imported or not. With it at hand bm25s would start it while it is imported, threads, most of a GPU's
+    memory and all, for a ranking that is not used here; a data loader's forks may then wait for ever."""
+    with _LOADING:
+        if "bm25s" in sys.modules:  # it has looked for JAX already
+            yield
+            return
+        modules: dict[str, Any] = sys.modules  # pyright: ignore[reportAssignmentType] - None: an import of it fails
+        there, jax = "jax" in modules, modules.get("jax")
+        modules["jax"] = None
+        try:
+            yield
+        finally:
+            del modules["jax"]
+            if there:
+                modules["jax"] = jax
 
 
 class PageIndex:
