@@ -6,7 +6,7 @@ import pytest
 from test_report import interval, reading, results, using
 
 from ocrmem.errors import DataError
-from ocrmem.evaluation.merge import merge_results
+from ocrmem.evaluation.merge import ANSWERED, merge_results
 
 
 def parts():
@@ -43,6 +43,21 @@ def test_a_part_that_is_run_again_replaces_its_rows():
     assert [(row["num_chars"], row["token_accuracy"]["mean"]) for row in found["reading"]] == [(256, 0.9), (1024, 0.5)]
     assert found["command"] == "ocrmem eval a --parts using,cost && ocrmem eval a --parts reading"
     assert found["adapter"]["memory_ratio"] == pytest.approx(2.0)
+
+
+def test_answers_stay_where_the_same_probes_are_scored_again_without():
+    first, second = parts()
+    answered = {field: {"mean": 0.25, "low": 0.2, "high": 0.3} for field in ANSWERED}
+    second["using"][0] |= answered
+    whole = merge_results(first, second, source="file")
+    again = {**copy.deepcopy(second), "using": [using("cloze", "memory", interval(0.75))]}
+    again["using"][0] |= dict.fromkeys(ANSWERED)
+    (row, _) = merge_results(whole, again, source="file")["using"]
+    assert row["gain"]["mean"] == 0.75
+    assert {field: row[field] for field in ANSWERED} == answered
+    again["using"][0]["n"] += 1
+    (row, _) = merge_results(whole, again, source="file")["using"]
+    assert row["token_f1"] is None
 
 
 @pytest.mark.parametrize(

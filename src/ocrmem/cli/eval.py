@@ -25,7 +25,7 @@ def command(
         str, typer.Option(help="Parts to run; if not all, they replace those of an output file that is there.")
     ] = "reading,using,cost",
     arms: Annotated[
-        str, typer.Option(help="Arms of the part using besides none, full-text and memory, such as bm25; none: all.")
+        str, typer.Option(help="Arms of using besides none, full-text, memory and rivals, such as bm25; none: all.")
     ] = "",
     answers: Annotated[bool, typer.Option(help="Answer the questions too; without, cross entropy alone.")] = True,
     rival: Annotated[
@@ -44,7 +44,8 @@ def command(
 ) -> None:
     """Evaluate on held-out text only, and write a results file.
 
-    What is done so far is kept beside it as `….json.unfinished`, and a later run of some parts takes it over.
+    What is done so far is kept beside it as `….json.unfinished`. A run of some parts or arms, or without answers, joins
+    that file and the results file, if they are there.
 
     `python -m ocrmem.evaluation.report` makes the page and the plots of all results files.
     """
@@ -56,7 +57,7 @@ def command(
     from ocrmem.evaluation.report import read_file
     from ocrmem.evaluation.rivals import parse_rivals
     from ocrmem.evaluation.run import evaluate
-    from ocrmem.evaluation.settings import PARTS, EvalSettings
+    from ocrmem.evaluation.settings import EvalSettings
     from ocrmem.files import write_text
     from ocrmem.model.llm import usable_device
 
@@ -83,7 +84,7 @@ def command(
     path = output or Path("results/fidelity") / f"{adapter.name}.json"
     unfinished = path.with_name(f"{path.name}.unfinished")
     before = None
-    kept = [] if set(settings.parts) == set(PARTS) else [file for file in (path, unfinished) if file.exists()]
+    kept = [] if settings.whole else [file for file in (path, unfinished) if file.exists()]
     source = " and ".join(map(str, kept))
     for file in kept:  # what was measured before this run, and before one that was stopped, stays
         found = read_file(file)

@@ -19,6 +19,9 @@ TABLES = {
 }
 """Tables, and the fields that tell their rows apart."""
 
+ANSWERED = ("exact_match", "token_f1", "transcribes")
+"""Fields of `using` that come from answers, which a later run need not ask for again."""
+
 
 def merge_results(before: dict[str, Any], new: dict[str, Any], *, source: str) -> dict[str, Any]:
     """The results in a file with those of further parts: rows of the same name are replaced, the others stay.
@@ -44,13 +47,23 @@ def merge_results(before: dict[str, Any], new: dict[str, Any], *, source: str) -
     merged["command"] = " && ".join([*(command for command in commands if command != new["command"]), new["command"]])
     merged["rivals"] = list({row["arm"]: row for row in (*before.get("rivals", ()), *new.get("rivals", ()))}.values())
     for table, fields in TABLES.items():
-        rows = {tuple(row[field] for field in fields): row for row in (*before[table], *new[table])}
+        rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in (*before[table], *new[table]):
+            name = tuple(row[field] for field in fields)
+            rows[name] = _with_answers(row, rows[name]) if name in rows and table == "using" else row
         merged[table] = list(rows.values())
     present = {row["arm"] for table in ("reading", "using") for row in merged[table]}
     merged["left_out"] = [row for row in merged["left_out"] if row["arm"] not in present]
     ratios = [row["ratio"] for row in merged["reading"] if row["arm"] == MEMORY_ARM]
     merged["adapter"] = {**before["adapter"], "memory_ratio": statistics.fmean(ratios) if ratios else 1.0}
     return check_schema(merged, source=source)
+
+
+def _with_answers(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """A row of `using`; without answers, with those to the same probes from before."""
+    if row["token_f1"] is not None or row["n"] != before["n"]:
+        return row
+    return {**row, **{field: before[field] for field in ANSWERED}}
 
 
 def _identity(value: Any) -> Any:

@@ -9,8 +9,8 @@ from ocrmem.evaluation.arms import Contexts
 from ocrmem.evaluation.rivals import RIVALS
 
 UNTRAINED = "untrained-projection"
-ALL_ARMS = (*Contexts.ALL_ARMS, UNTRAINED, *RIVALS)
-"""Every arm that an evaluation can have."""
+ALL_ARMS = (*Contexts.ALL_ARMS, UNTRAINED)
+"""Every arm that an evaluation can have besides rivals, which it has where their folders are given."""
 ALWAYS = ("none", "full-text", "memory")
 """Arms of every evaluation: what G is measured between, and what it is about."""
 PARTS = ("reading", "using", "cost")
@@ -36,7 +36,7 @@ class EvalSettings:
     cost_repeats: int = 5
     """How often each part of the cost is timed, after one run that is not counted."""
     arms: tuple[str, ...] = ()
-    """Arms of `using`, besides `none`, `full-text` and `memory`; empty: all."""
+    """Arms of `using`, besides `none`, `full-text`, `memory` and the rivals that are given; empty: all."""
     answers: bool = True
     """Whether questions are answered too, and not scored by cross entropy alone."""
     answer_tokens: int = 48
@@ -57,8 +57,13 @@ class EvalSettings:
 
     def asks_for(self, arm: str) -> bool:
         """Whether an arm takes part in `using`."""
-        return not self.arms or arm in (*ALWAYS, *self.arms)
+        return not self.arms or arm in (*ALWAYS, *RIVALS, *self.arms)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left out that could be had."""
+        return set(self.parts) == set(PARTS) and not self.arms and self.answers
 
     def not_asked_for(self) -> list[tuple[str, str]]:
         """Arms that could be had and were not asked for, and that reason."""
-        return [(arm, "not asked for") for arm in ALL_ARMS if arm not in RIVALS and not self.asks_for(arm)]
+        return [(arm, "not asked for") for arm in ALL_ARMS if not self.asks_for(arm)]
