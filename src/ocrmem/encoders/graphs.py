@@ -11,6 +11,7 @@ are added end a graph. What torch's switches (deterministic algorithms, SDPA's b
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -31,7 +32,9 @@ MAX_GRAPHS = 4
 """Shapes that are captured, the first that come so often. None makes room for another: shapes in turn would be captured
 again and again, and a capture takes longer than a run."""
 FAILED: list[torch.cuda.CUDAGraph] = []
-"""Captures that failed: one that could not even be ended is asked by torch's allocator whose memory is whose."""
+"""Captures that failed: what torch still knows of one that could not even be ended must not be gone."""
+CAPTURING = threading.Lock()
+"""One capture at a time, of all encoders: before each, torch empties the caches of all GPUs."""
 
 
 class Graphs:
@@ -95,7 +98,8 @@ class Graphs:
         if not reads.unchanged():
             return None
         try:
-            graph = _Graph(run, pages_PHW, beside=next(iter(self._graphs.values()), None))
+            with CAPTURING:
+                graph = _Graph(run, pages_PHW, beside=next(iter(self._graphs.values()), None))
         except RuntimeError as error:  # CUDA's, lack of memory, and what a compiler raises
             self.enabled = False
             self.clear()
@@ -167,7 +171,7 @@ class _Graph:
             self.stream = torch.cuda.Stream(device) if beside is None else beside.stream
             self.done = torch.cuda.Event() if beside is None else beside.done
             self.graph = torch.cuda.CUDAGraph()
-            pool = None if beside is None else beside.graph.pool()
+            pool = torch.cuda.graph_pool_handle() if beside is None else beside.graph.pool()
             generator = torch.cuda.default_generators[device.index]
             generator_before = generator.clone_state()
             try:
@@ -176,6 +180,10 @@ class _Graph:
                     self.features_PVE = run(self.pages_PHW)
             except BaseException:
                 generator.graphsafe_set_state(generator_before)  # else it may take itself to be captured for ever
+                with contextlib.suppress(RuntimeError):  # it was ended
+                    # Else the allocator waits for its end for ever: no cache can be emptied, no memory given back.
+                    torch._C._cuda_endAllocateToPool(device.index, pool)
+                    torch._C._cuda_releasePool(device.index, pool)
                 FAILED.append(self.graph)
                 raise
 
