@@ -167,9 +167,9 @@ def eval_job(name: str, adapter: Path, ratio: str, output: Path, needed: tuple[s
     return Job(name, command, output, after=needed, rivals=tuple(f"{ratio}-{kind}" for kind in RIVALS))
 
 
-def without_rivals(job: Job, failed: Sequence[str]) -> Job:
-    """An evaluation without the rivals that could not be trained."""
-    lost = [f"=runs/{name}/adapter" for name in job.rivals if name in failed]
+def without_rivals(job: Job, lost_jobs: Sequence[str]) -> Job:
+    """An evaluation without the rivals that were not trained."""
+    lost = [f"=runs/{name}/adapter" for name in job.rivals if name in lost_jobs]
     command = tuple(part for part in job.command if not part.endswith(tuple(lost)))
     return dataclasses.replace(job, command=command)
 
@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     jobs = all_jobs(options.scale)
+    outputs = {job.name: job.output for job in jobs}
     unknown = set(options.only or ()) - {job.name for job in jobs}
     if unknown:
         sys.exit(f"error: no job {', '.join(sorted(unknown))}; --list shows them.")
@@ -235,7 +236,8 @@ def main() -> None:
             missing = [name for name in job.after if name in failed]
             if missing:
                 print(f"{job.name}: left out, {', '.join(missing)} failed", flush=True)
-            if missing or not run(without_rivals(job, failed), gpu):
+            lost = [name for name in job.rivals if name in failed or not outputs[name].exists()]
+            if missing or not run(without_rivals(job, lost), gpu):
                 failed.append(job.name)
             finished[job.name].set()
 
