@@ -17,6 +17,7 @@ with zeros, so that a query's values are whole sectors of memory.
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import torch
@@ -49,9 +50,10 @@ BIAS_CONFIGS = [
 keeps at a time: tried like the others."""
 FEW_POSITIONS = 256
 """A page of fewer positions is a trial whether the kernel runs: nothing is tried out for it."""
-
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton runs kernels on the CPU, one config of each."""
+LAUNCHING = threading.Lock()
+"""Triton's autotuner keeps a call's arguments in itself: of threads, as one for each GPU, one launches at a time."""
 
 
 def unless_few(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
@@ -250,7 +252,7 @@ def windowed_attention(
     bias_w = qkv_PHW3.new_empty(pages, num_heads, height, width, sizes["COLUMNS"])
     across, down = -(-width // window_w), -(-height // window_h)
     groups = pages * across * down * num_heads
-    with torch.cuda.device_of(qkv_PHW3):
+    with torch.cuda.device_of(qkv_PHW3), LAUNCHING:
         _bias_kernel[lambda meta: (bias_parts(height, width, meta["LINES"]) * num_heads * pages,)](  # pyright: ignore
             qkv_PHW3, table_h, table_w, bias_h, bias_w, height, width, HEADS=num_heads, HEAD=head, WINDOW_H=window_h,
             WINDOW_W=window_w, COLUMNS=sizes["COLUMNS"], PADDED_H=max(MIN_PRODUCT, triton.next_power_of_2(window_h)),
