@@ -152,5 +152,12 @@ def test_an_encoder_replays_and_its_copies_begin_anew(captured):
         assert torch.equal(other(batch), expected)
         assert other.graphs is not whole.graphs
     assert len(whole.graphs) == 1
+    whole.eval()
+    assert len(whole.graphs) == 1
+    whole.train()
+    assert len(whole.graphs) == 0
+    for _ in range(PLAIN_RUNS + 1):
+        whole(batch)
+    assert len(whole.graphs) == 1
     whole.to(torch.float64)
     assert len(whole.graphs) == 0

@@ -91,6 +91,12 @@ class DeepSeekOCREncoder(OCREncoder):
             self.graphs.clear()
         return super()._apply(fn, recurse)
 
+    def train(self, mode: bool = True) -> Self:
+        """Graphs are for evaluation mode: while training, a step needs their memory."""
+        if mode and self.graphs is not None:
+            self.graphs.clear()
+        return super().train(mode)
+
     @property
     def feature_width(self) -> int:
         sizes = self._sam_sizes
