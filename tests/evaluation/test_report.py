@@ -144,6 +144,13 @@ def test_bars_stand_where_the_gain_is(tmp_path):
     assert spans[0] == pytest.approx([0.4, 0.9])
 
 
+def test_the_steps_of_trained_rivals_are_said(tmp_path):
+    data = results() | {"rivals": [{"arm": "convolution", "steps": 2188}]}
+    (tmp_path / "one.json").write_text(json.dumps(data))
+    text = page(read_results(tmp_path))
+    assert "Steps of the trained rivals: convolution 2,188; of the memory: 120,000." in text
+
+
 def test_empty_tables_give_no_sections(tmp_path):
     data = results() | {"reading": [], "using": [], "mean_gain": [], "cost": [], "left_out": []}
     path = write_report(write(tmp_path / "r", x=data), tmp_path / "docs")

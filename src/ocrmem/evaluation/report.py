@@ -272,6 +272,9 @@ def _section(results: Results) -> list[str]:
     data = results.data
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     made = f"Seeds {', '.join(map(str, data['seeds']))}; {versions}."
+    if rivals := data.get("rivals"):
+        trained = ", ".join(f"{rival['arm']} {rival['steps']:,}" for rival in rivals)
+        made += f" Steps of the trained rivals: {trained}; of the memory: {data['adapter']['steps']:,}."
     lines = [f"## {results.name}", "", "```bash", data["command"], "```", "", made, ""]
     if data["reading"]:
         lines += ["### Reading", "", *_reading_table(data["reading"]), ""]
