@@ -35,7 +35,7 @@ class Stage:
     """Weight of the KL divergence from the same frozen LLM with the full text, on continuation and reply."""
     exact: float = 0.0
     """Share of the samples of recall, cloze and reply, from 0 to 1, with exact text behind the memory in place of its
-    oldest units, as a growing memory has it: identifiers (an eighth of the memory's tokens) and sentences recalled for
+    oldest units, as the evaluation has it: identifiers (an eighth of the memory's tokens) and sentences recalled for
     a question (a quarter). A memory of one or two units has none. Above 0 it needs the package bm25s."""
 
     def __post_init__(self) -> None:

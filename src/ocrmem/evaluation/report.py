@@ -243,7 +243,8 @@ def page(results: Sequence[Results]) -> str:
         "not: so G can be above 1, and far above it where the full text by itself hardly helps the frozen LLM.",
         "`other-memory`, the memory of another text, has the form and nothing of the text: what a memory holds is its",
         "distance from that row, and `shuffled-memory` has the same tokens in another order. Since version 2 of the",
-        "probes a question of cued recall or cloze has a worked example before it, the same for every arm.",
+        "probes a question of cued recall or cloze has a worked example before it, the same for every arm; since",
+        "version 3 ledger and recalled text stand behind the memory, and no more in front of it.",
         "",
         *_table(
             ["results", "adapter", "compression ratio", "steps", "evaluated", "probes, version", "device"],
