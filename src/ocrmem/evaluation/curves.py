@@ -99,7 +99,7 @@ def short_section(runs: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
         "Short runs of the recipe, each by `python benchmarks/fidelity.py --only NAME`. `…-memory` and the rivals have",
         "the same data, steps and size of projection; `no-…` leaves a part out, `no-warm-start` its 400 steps too.",
         "`more-…` go on from `2x-memory` with all of the last stage (`more-whole`) or without a part of it. Held-out",
-        "token accuracy, teacher-forced, and cross entropy at the end:",
+        "token accuracy, teacher-forced, and cross entropy at the end; one run each, so small differences may be chance:",
         "",
         *last_values(runs, commands=False),
         "",
