@@ -214,7 +214,7 @@ def test_a_batch_ends_when_every_answer_has_ended_or_is_full(contexts, model_and
 
 
 def test_the_command_writes_the_arms(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("ocrmem.evaluation.run.EvalSettings", lambda **_: SMALL)
+    monkeypatch.setattr("ocrmem.evaluation.settings.EvalSettings", lambda **_: SMALL)
     given = [f"--rival={kind}={folders / kind}" for kind in RIVALS]
     output = tmp_path / "results.json"
     done = CliRunner().invoke(app, ["eval", str(folders / "memory"), *given, "--output", str(output)])
@@ -296,7 +296,9 @@ def test_what_a_stopped_run_measured_is_taken_over(folders, tmp_path, monkeypatc
     unfinished = tmp_path / "results.json.unfinished"
 
     def run(parts):
-        monkeypatch.setattr("ocrmem.evaluation.run.EvalSettings", lambda **_: dataclasses.replace(SMALL, parts=parts))
+        monkeypatch.setattr(
+            "ocrmem.evaluation.settings.EvalSettings", lambda **_: dataclasses.replace(SMALL, parts=parts)
+        )
         given = ["eval", str(folders / "memory"), "--parts", ",".join(parts), "--output", str(output)]
         return CliRunner().invoke(app, given)
 
