@@ -167,6 +167,7 @@ def test_arms_that_are_not_asked_for_are_named(model_and_processor, tmp_path):
     reasons = {row["arm"]: row["reason"] for row in results["left_out"]}
     assert reasons["untrained-projection"] == reasons["last-n"] == "not asked for"
     assert not found & set(reasons)
+    assert dataclasses.replace(asked, parts=("reading",)).not_asked_for() == []
     assert asked.asks_for("convolution"), "a rival that is given takes part"
     given = ({"parts": ("using",)}, {"arms": ("bm25",)}, {"answers": False}, {"samples": 7})
     assert [EvalSettings(**one).whole for one in given] == [False, False, False, True]

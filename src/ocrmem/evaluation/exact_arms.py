@@ -18,8 +18,7 @@ from ocrmem.data.processor import MEMProcessor
 from ocrmem.evaluation.probes import Probe
 from ocrmem.memory.ledger import Ledger
 from ocrmem.memory.recall import PageIndex, best, recalled_text
-from ocrmem.session.prompt import BETWEEN
-from ocrmem.training.exact_text import LEDGER_SHARE, RECALL_SHARE
+from ocrmem.training.exact_text import LEDGER_SHARE, RECALL_SHARE, ids_behind_memory
 
 RECALL_ARMS = ("memory-recall", "memory-ledger-recall")
 EXACT_ARMS = ("memory-ledger", *RECALL_ARMS)
@@ -61,8 +60,7 @@ def exact_context(
                 count_tokens=chat_format.content_lengths,
             )
         )
-    text = "".join(BETWEEN + part for part in parts if part)
-    ids = chat_format.ids(chat_format.clean(text)) if text else []
+    ids = ids_behind_memory(parts, chat_format)
     return ids, *without_oldest(features_PVE, page_num_tokens, len(ids), unit=tokens_per_unit(processor))
 
 

@@ -65,5 +65,5 @@ class EvalSettings:
         return set(self.parts) == set(PARTS) and not self.arms and self.answers
 
     def not_asked_for(self) -> list[tuple[str, str]]:
-        """Arms that could be had and were not asked for, and that reason."""
-        return [(arm, "not asked for") for arm in ALL_ARMS if not self.asks_for(arm)]
+        """Arms of `using`, if it is run, that could be had and were not asked for, and that reason."""
+        return [(arm, "not asked for") for arm in ALL_ARMS if "using" in self.parts and not self.asks_for(arm)]

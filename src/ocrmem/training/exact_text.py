@@ -47,6 +47,11 @@ def exact_ids(
         budget = int(num_tokens * RECALL_SHARE) - sum(chat_format.content_lengths([heading]))
         found = recalled_text(texts, question, budget=budget, count_tokens=chat_format.content_lengths)
         parts.append(heading + found if found else "")
+    return ids_behind_memory(parts, chat_format)
+
+
+def ids_behind_memory(parts: Sequence[str], chat_format: ChatFormat) -> list[int]:
+    """Token ids of texts behind a memory, as `Memory` writes them; empty ones are left out."""
     text = "".join(BETWEEN + part for part in parts if part)
     return chat_format.ids(chat_format.clean(text)) if text else []
 
