@@ -20,7 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import tiny_batch, tiny_model
 
 if importlib.util.find_spec("deepspeed"):
-    import deepspeed  # noqa: F401 - before a process group is made, or it holds that for good
+    import deepspeed  # before a process group is made, or it holds that for good
+    import deepspeed.ops
+
+    # Gloo alone. DeepSpeed would compile collectives over shared memory when they are first used, which takes a minute
+    # and more; a process that is stopped meanwhile leaves a lock behind, at which every later one waits for good.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 from ocrmem.data.collator import MEMCollator
 from ocrmem.memory.features import FeatureStore
