@@ -36,10 +36,40 @@ def test_equal_scores_give_the_newest():
 
 
 def test_sentences_within_the_budget_in_their_order():
-    text = recalled_text(PAGES, "What costs 12 euros, and who is called Bruno?", budget=12, count_tokens=words)
+    asked = "What costs 12 euros, and who is called Bruno?"
+    text = recalled_text(PAGES, asked, budget=12, count_tokens=words, shared=0.3)
     assert text == "user: My dog is called Bruno.\nIt costs 12 euros."
+    assert recalled_text(PAGES, asked, budget=5, count_tokens=words, shared=0.3) == "It costs 12 euros."
     assert recalled_text(PAGES, "train", budget=1, count_tokens=words) == ""
     assert recalled_text([], "train", budget=9, count_tokens=words) == ""
+
+
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("What is the dog called?", "user: My dog is called Bruno."),
+        ("How old is Bruno?", "user: My dog is called Bruno.\nHe is 9 years old."),
+        ("When does the train leave?", "user: The train leaves at gate 7."),
+        ("What did I say about the weather?", "assistant: The weather will be fine."),
+        ("At which gate, 7 or 8?", "user: The train leaves at gate 7."),
+        ("Shall we take a taxi to the harbour tonight, or walk?", ""),  # one word of many is no relation
+        ("The dog barked at the postman all morning.", ""),
+        ("What was it?", ""),
+        ("", ""),
+    ],
+)
+def test_only_sentences_that_share_enough_of_the_question(question, found):
+    assert recalled_text(PAGES, question, budget=99, count_tokens=words) == found
+    if question:
+        everything = recalled_text(PAGES, question, budget=99, count_tokens=words, shared=0.0)
+        assert everything.count("\n") == 5  # six sentences
+
+
+def test_rare_words_count_most():
+    pages = ["user: The ship sails on Monday. The ship sails on Friday. The ship sails north. Zara waits.\n"]
+    assert recalled_text(pages, "ship sails Zara", budget=99, count_tokens=words) == ""
+    assert "Monday" in recalled_text(pages, "ship sails Monday", budget=99, count_tokens=words)
+    assert recalled_text(pages, "Zara waits today", budget=99, count_tokens=words) == "Zara waits."
 
 
 def test_passages_hold_all_of_the_text_and_break_between_words():

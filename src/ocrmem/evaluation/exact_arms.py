@@ -5,7 +5,7 @@
 ```
 
 The text stands behind the memory as `Memory` writes it, but without headings: the budgets are of 100 to 250 tokens, of
-which they would take too many.
+which they would take too many. What the text does not need stays the memory's.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from collections.abc import Sequence
 
 import torch
 
+from ocrmem.config.growing import GrowingSettings
 from ocrmem.data.processor import MEMProcessor
 from ocrmem.evaluation.probes import Probe
 from ocrmem.memory.ledger import Ledger
 from ocrmem.memory.recall import PageIndex, best, recalled_text
-from ocrmem.training.exact_text import LEDGER_SHARE, RECALL_SHARE, ids_behind_memory
+from ocrmem.training.exact_text import ids_behind_memory
 
 RECALL_ARMS = ("memory-recall", "memory-ledger-recall")
 EXACT_ARMS = ("memory-ledger", *RECALL_ARMS)
 RECALLED_PAGES = 2
+LEDGER_SHARE = GrowingSettings().ledger_share
+RECALL_SHARE = 0.5
+"""Most of a budget for recalled text; in `Memory` a smaller share of larger budgets. A sentence must fit into it."""
 
 
 def exact_context(

@@ -40,9 +40,10 @@ CUED_RECALL = 'Complete the sentence from the {place} above that begins with the
 """The question of a cued recall probe; the place is `text` or `conversation`."""
 CLOZE = 'What belongs in the gap in this sentence about {title}? "{sentence}" Give the missing words and nothing else.'
 """The question of a cloze probe."""
-PROBES = 3
+PROBES = 4
 """Version of what is asked, kept with the results; 1 asked without the worked examples; before 3, ledger and
-recalled text stood in front of the memory."""
+recalled text stood in front of the memory; before 4, recalled sentences need not share words with the question, and
+the ledger took an eighth."""
 GAP = "____"
 """What stands for the fact that a cloze probe asks for."""
 CUED_RECALL_EXAMPLE = ("The old lighthouse on the northern cliff", "was built of grey stone by the islanders.")

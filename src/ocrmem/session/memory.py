@@ -26,7 +26,7 @@ from ocrmem.memory.features import encode_pages
 from ocrmem.memory.growing_pages import GrowingPages, MemoryPage
 from ocrmem.memory.history import history_text, turn_text
 from ocrmem.memory.ledger import Ledger
-from ocrmem.memory.recall import PageIndex, Passages, best, recalled_text
+from ocrmem.memory.recall import SHARED, PageIndex, Passages, best, recalled_text
 from ocrmem.memory.split import Split, TokenCounts, find_recent_start
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.render.files import save_png
@@ -404,17 +404,20 @@ class Memory:
             return ""
         chat_format = self.processor.chat_format
         texts = [*self._passages.all, *(page.text for page in pages)]
+        shared = SHARED
         if self.settings.recall_by == "bm25":
             chosen = best(self._index.scores(texts, question), self.settings.recall)
         else:
             attention_P = self.page_attention(self._assembled(counts, pages, ledger, ""))
             chosen = [len(texts) - len(pages) + i for i in attention_P.argsort(descending=True)[: self.settings.recall]]
+            shared = 0.0  # what it finds need not share a word with the question
         (heading,) = chat_format.content_lengths([RECALL_HEADING])
         found = recalled_text(
             [texts[i] for i in sorted(chosen)],
             question,
             budget=self.settings.recall_tokens - heading,
             count_tokens=chat_format.content_lengths,
+            shared=shared,
         )
         return RECALL_HEADING + found if found else ""
 

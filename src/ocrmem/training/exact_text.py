@@ -45,7 +45,8 @@ def exact_ids(
     if drawn != 1:
         heading = RECALL_HEADING if headings else ""
         budget = int(num_tokens * RECALL_SHARE) - sum(chat_format.content_lengths([heading]))
-        found = recalled_text(texts, question, budget=budget, count_tokens=chat_format.content_lengths)
+        # Unrelated sentences too: the projection must hold its own beside text that does not help.
+        found = recalled_text(texts, question, budget=budget, count_tokens=chat_format.content_lengths, shared=0.0)
         parts.append(heading + found if found else "")
     return ids_behind_memory(parts, chat_format)
 
