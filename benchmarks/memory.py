@@ -6,6 +6,7 @@
     python benchmarks/memory.py pages       # BM25 against the LLM's attention: which finds the page of a question
     python benchmarks/memory.py identifiers # identifiers of held-out conversations, with and without the ledger
     python benchmarks/memory.py densities   # what a page at half the width still tells the LLM
+    python benchmarks/memory.py budgets     # what a larger budget still tells it, by the age of what is asked
 
 Each writes `benchmarks/results/memory-NAME.json`. A turn is a question and a reply of a held-out encyclopaedia lead,
 about 120 tokens together; the timings are CPU seconds of the adapter given by `--adapter`.
@@ -37,6 +38,7 @@ from ocrmem.config.growing import GrowingSettings
 from ocrmem.data.conversations import read_conversations
 from ocrmem.data.documents import read_documents
 from ocrmem.data.processor import MEMProcessor
+from ocrmem.evaluation.probes import CUED_RECALL
 from ocrmem.files import write_text
 from ocrmem.memory.ledger import identifiers
 from ocrmem.memory.recall import PageIndex, best
@@ -50,6 +52,10 @@ WINDOWS = {10: 12, 1000: 36}
 much higher where the budget is full and the prompt's front changes, which happens about once in a dozen turns."""
 REPLY_CHARACTERS = 420
 """Longest reply of a turn."""
+BUDGETS = (640, 1024, 2048)
+"""Budgets compared; the first is about the smallest that holds four pages."""
+AGES = (2, 4, 6, 8, 12, 20, 30)
+"""Turns before the last one whose sentences are asked for."""
 
 
 def turns() -> Iterator[tuple[Message, Message]]:
@@ -125,7 +131,9 @@ def measure_turns(arguments: argparse.Namespace) -> dict[str, Any]:
     """The bar: the work of turn 1,000 is at most 1.2 times that of turn 10. The two windows' turns are measured in
     turn, the shorter window again and again, so that a machine that becomes slower slows both."""
     model, processor = load(arguments.adapter)
-    settings = GrowingSettings(budget_tokens=arguments.budget, densities=tuple(arguments.densities))
+    settings = GrowingSettings(
+        budget_tokens=arguments.budget, ledger_share=arguments.ledger_share, densities=tuple(arguments.densities)
+    )
     firsts = {centre: max(centre - window // 2, 6) + 1 for centre, window in WINDOWS.items()}
     talks: dict[int, Talk] = {}
     measured: dict[int, list[dict[str, float]]] = {centre: [] for centre in WINDOWS}
@@ -258,7 +266,9 @@ def measure_identifiers(arguments: argparse.Namespace) -> dict[str, Any]:
         messages = list(conversation.messages)
         memories = {}
         for name, share in (("on", arguments.ledger_share), ("off", 0.0)):
-            memories[name] = Memory(model, processor, settings=GrowingSettings(ledger_share=share))
+            memories[name] = Memory(
+                model, processor, settings=GrowingSettings(budget_tokens=arguments.budget, ledger_share=share)
+            )
             memories[name].extend(messages)
         prompt = memories["on"].prompt("What was it?")
         if not prompt.pages:
@@ -311,7 +321,9 @@ def measure_densities(arguments: argparse.Namespace) -> dict[str, Any]:
     nats: dict[str, list[float]] = {"1.0": [], "0.75": [], "0.5": [], "left out": []}
     tokens: dict[str, list[int]] = {name: [] for name in nats}
     for number, document in enumerate(documents[: arguments.samples]):
-        memory = Memory(model, processor, settings=GrowingSettings(densities=(1.0, 0.75, 0.5), ledger_share=0.0))
+        memory = Memory(
+            model, processor, settings=GrowingSettings(budget_tokens=2048, densities=(1.0, 0.75, 0.5), ledger_share=0.0)
+        )
         text = document.text[:900]
         others = " ".join(other.text for other in documents[number + 1 : number + 6])[:2000]
         memory.extend([Message("user", "Tell me something."), Message("assistant", text), Message("user", "Go on.")])
@@ -351,6 +363,49 @@ def measure_densities(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measure_budgets(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Nats a token of the second half of a sentence, its first half given, by budget and by how many turns ago it was
+    said; and how many of these sentences the memory of that budget had left out."""
+    model, processor = load(arguments.adapter)
+    rows: dict[tuple[int, int], list[tuple[float, bool]]] = {}
+    given = turns()
+    for number in range(arguments.samples):
+        said = [next(given) for _ in range(max(AGES) + 2)]
+        features: dict[str, torch.Tensor] = {}
+        for budget in BUDGETS:
+            settings = GrowingSettings(budget_tokens=budget, ledger_share=arguments.ledger_share)
+            memory = Memory(model, processor, settings=settings)
+            memory._features = dict(features)  # of pages that another budget has too
+            memory.extend([message for turn in said for message in turn])
+            for age in AGES:
+                sentence = said[-age - 1][1].content.partition(". ")[0]
+                half = sentence.rfind(" ", 0, len(sentence) // 2)
+                if half < 20:
+                    continue
+                cue, target = sentence[:half], sentence[half:]
+                question = CUED_RECALL.format(place="conversation", cue=cue)
+                loss, _ = target_nats(memory, question, "", target)
+                pages = "".join(page.text for page in memory.prompt(question).pages)
+                rows.setdefault((budget, age), []).append((loss, cue not in pages.replace("\n", " ")))
+            features |= memory._features
+        means = {
+            budget: statistics.fmean(x for (b, _), v in rows.items() if b == budget for x, _ in v) for budget in BUDGETS
+        }
+        print(number + 1, {budget: round(mean, 3) for budget, mean in means.items()}, file=sys.stderr)
+    return {
+        "rows": [
+            {
+                "budget": budget,
+                "turns_ago": age,
+                "asked": len(found),
+                "nats_a_token": statistics.fmean(loss for loss, _ in found),
+                "left_out": statistics.fmean(gone for _, gone in found),
+            }
+            for (budget, age), found in rows.items()
+        ]
+    }
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "turns": measure_turns,
     "kills": measure_kills,
@@ -358,6 +413,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "pages": measure_pages,
     "identifiers": measure_identifiers,
     "densities": measure_densities,
+    "budgets": measure_budgets,
 }
 
 
@@ -366,7 +422,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--adapter", type=Path, default=ROOT / "adapters" / "smollm2-pp-ocr-2x")
-    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--budget", type=int, default=GrowingSettings().tokens)
     parser.add_argument("--densities", type=float, nargs="+", default=list(GrowingSettings().densities))
     parser.add_argument("--ledger-share", type=float, default=GrowingSettings().ledger_share)
     parser.add_argument("--kills", type=int, default=200)

@@ -5,9 +5,12 @@ import torch
 from memory.parts import shared_tokenizer
 from session.parts import make_memory, make_model, shared_model, talk
 
+from ocrmem.config.growing import GrowingSettings
 from ocrmem.data.processor import MEMProcessor
 from ocrmem.errors import ConfigError, DataError
+from ocrmem.memory.growing_pages import FEWEST_PAGES
 from ocrmem.memory.history import history_text
+from ocrmem.session.memory import Memory
 from ocrmem.types import Message
 
 QUESTION = "What was turn 3 about?"
@@ -321,6 +324,17 @@ def test_a_long_text_becomes_memory_but_is_no_question():
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ConfigError, match=message):
         make_memory(**settings)
+
+
+@pytest.mark.parametrize(("tokens_per_page", "budget"), [(72, 1024), (144, 1024), (256, 1792), (400, 2800)])
+def test_the_default_budget_holds_enough_pages_of_every_encoder(tokens_per_page, budget):
+    settings = GrowingSettings(recall=2).resolved(tokens_per_page)
+    assert settings.budget_tokens == settings.tokens == budget
+    assert settings.page_tokens > (FEWEST_PAGES + 1) * tokens_per_page
+    assert GrowingSettings(budget_tokens=900).resolved(tokens_per_page).tokens == 900
+    assert Memory(shared_model(), MEMProcessor.from_model(shared_model(), tokenizer=shared_tokenizer())).settings == (
+        GrowingSettings(budget_tokens=1024)
+    )
 
 
 def test_what_is_no_message_is_refused():

@@ -41,7 +41,9 @@ def command(
     reencode: Annotated[
         bool, typer.Option("--reencode", help="Draw and encode pages again that another adapter made.")
     ] = False,
-    budget: Annotated[int, typer.Option(help="Most tokens of the memory in a prompt.")] = 2048,
+    budget: Annotated[
+        int | None, typer.Option(help="Most tokens of the memory in a prompt. [default: 1024, or 7 pages if more]")
+    ] = None,
     recall: Annotated[int, typer.Option(help="Pages expanded back into text for each question; 0: none.")] = 0,
     ledger: Annotated[bool, typer.Option(help="Keep names and numbers as text beside the pages.")] = True,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
@@ -97,7 +99,7 @@ def open_store(where: str) -> MemoryStore:
     return MemoryStore(where)
 
 
-def growing_settings(budget: int, recall: int, ledger: bool) -> GrowingSettings:
+def growing_settings(budget: int | None, recall: int, ledger: bool) -> GrowingSettings:
     """The budget's settings from the command line."""
     from ocrmem.config.growing import GrowingSettings
 

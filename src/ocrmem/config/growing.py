@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from ocrmem.errors import ConfigError
+
+DEFAULT_BUDGET, DEFAULT_PAGES = 1024, 7
+"""Tokens, and full pages where these are more, of a memory whose budget nobody set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GrowingSettings:
     """Budget of one conversation's memory. Lengths are tokens of the LLM's tokenizer or memory tokens."""
 
-    budget_tokens: int = 2048
-    """Most tokens that the memory may take in a prompt: pages, ledger and recalled text together."""
-    ledger_share: float = 0.04
+    budget_tokens: int | None = None
+    """Most tokens that the memory may take in a prompt: pages, ledger and recalled text together; None:
+    `DEFAULT_BUDGET`, or `DEFAULT_PAGES` pages where that is more. More is not better: an adapter reads a memory well
+    that is about as long as those it was trained with (`docs/memory.md`)."""
+    ledger_share: float = 0.08
     """Share of the budget for the ledger of exact identifiers, which every turn reads anew; 0: no ledger."""
     recall: int = 0
     """Pages that are expanded back into text for a question, the most relevant first; 0: none."""
@@ -30,7 +36,7 @@ class GrowingSettings:
     shipped ones were not, and read nothing from a denser page (`docs/log.md`)."""
 
     def __post_init__(self) -> None:
-        if self.budget_tokens < 1:
+        if self.budget_tokens is not None and self.budget_tokens < 1:
             raise ConfigError(f"budget_tokens={self.budget_tokens}: expected 1 or more tokens.")
         for name in ("ledger_share", "recall_share"):
             if not 0 <= getattr(self, name) < 1:
@@ -44,23 +50,33 @@ class GrowingSettings:
             raise ConfigError(
                 f"densities={self.densities}: expected falling numbers above 0 from 1.0 on, such as (1.0, 0.5)."
             )
-        if self.ledger_tokens + self.recall_tokens >= self.budget_tokens:
+        if self.ledger_tokens + self.recall_tokens >= self.tokens:
             raise ConfigError(
                 f"ledger_share={self.ledger_share} and recall_share={self.recall_share} leave nothing of "
-                f"budget_tokens={self.budget_tokens} for pages; lower one of them."
+                f"budget_tokens={self.tokens} for pages; lower one of them."
             )
+
+    def resolved(self, tokens_per_page: int) -> Self:
+        """The same with a number for the budget, for an encoder whose pages have so many tokens."""
+        default = max(DEFAULT_BUDGET, DEFAULT_PAGES * tokens_per_page)
+        return self if self.budget_tokens is not None else dataclasses.replace(self, budget_tokens=default)
+
+    @property
+    def tokens(self) -> int:
+        """The budget; `DEFAULT_BUDGET` where none was given and the encoder is not known yet."""
+        return DEFAULT_BUDGET if self.budget_tokens is None else self.budget_tokens
 
     @property
     def ledger_tokens(self) -> int:
         """Most tokens of the ledger, its heading included."""
-        return int(self.budget_tokens * self.ledger_share)
+        return int(self.tokens * self.ledger_share)
 
     @property
     def recall_tokens(self) -> int:
         """Most tokens of recalled text, its heading included."""
-        return int(self.budget_tokens * self.recall_share) if self.recall else 0
+        return int(self.tokens * self.recall_share) if self.recall else 0
 
     @property
     def page_tokens(self) -> int:
         """Most memory tokens of pages."""
-        return self.budget_tokens - self.ledger_tokens - self.recall_tokens
+        return self.tokens - self.ledger_tokens - self.recall_tokens

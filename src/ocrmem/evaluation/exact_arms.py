@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 
-from ocrmem.config.growing import GrowingSettings
 from ocrmem.data.processor import MEMProcessor
 from ocrmem.evaluation.probes import Probe
 from ocrmem.memory.ledger import Ledger
@@ -24,9 +23,9 @@ from ocrmem.training.exact_text import ids_behind_memory
 RECALL_ARMS = ("memory-recall", "memory-ledger-recall")
 EXACT_ARMS = ("memory-ledger", *RECALL_ARMS)
 RECALLED_PAGES = 2
-LEDGER_SHARE = GrowingSettings().ledger_share
-RECALL_SHARE = 0.5
-"""Most of a budget for recalled text; in `Memory` a smaller share of larger budgets. A sentence must fit into it."""
+LEDGER_SHARE, RECALL_SHARE = 0.04, 0.5
+"""Of a budget, the most for ledger and recalled text. Histories are short: more for the ledger is text that nobody
+asks for, less for recalled text than a sentence."""
 
 
 def exact_context(

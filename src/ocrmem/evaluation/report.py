@@ -245,7 +245,7 @@ def page(results: Sequence[Results]) -> str:
         "distance from that row, and `shuffled-memory` has the same tokens in another order. Since version 2 of the",
         "probes a question of cued recall or cloze has a worked example before it, the same for every arm; since",
         "version 3 ledger and recalled text stand behind the memory, and no more in front of it; since version 4 only",
-        "sentences that share enough of the question are recalled, and the ledger has its default share of the budget.",
+        "sentences that share enough of the question are recalled, and the ledger takes a twenty-fifth, not an eighth.",
         "",
         *_table(
             ["results", "adapter", "compression ratio", "steps", "evaluated", "probes, version", "device"],

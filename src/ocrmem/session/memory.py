@@ -79,7 +79,7 @@ class Memory:
     ) -> None:
         self.model = model
         self.processor = processor or MEMProcessor.from_model(model)
-        self.settings = settings or GrowingSettings()
+        self.settings = (settings or GrowingSettings()).resolved(self.processor.encoder.tokens_per_page)
         self._index = PageIndex() if self.settings.recall else None
         self._reader = PrefixReader(model)
         self._decoder = Decoder(self._reader, self.processor)
@@ -456,7 +456,7 @@ class Memory:
             ledger=ledger,
             recalled=recalled,
             processor=self.processor,
-            budget=self.settings.budget_tokens,
+            budget=self.settings.tokens,
             num_levels=len(self.settings.densities),
         )
 
