@@ -29,8 +29,9 @@ def test_whole_units_are_cut_from_the_beginning():
 @pytest.mark.parametrize("arm", EXACT_ARMS)
 def test_no_more_tokens_than_the_memory(arm):
     processor = make_processor()
-    for conversation in chitchat(6, min_turns=20):
-        history = history_text(conversation.messages)[:3000] + "user: My code is 471.\n"
+    texts = [history_text(conversation.messages)[:3000] for conversation in chitchat(6, min_turns=20)]
+    for first in range(3):
+        history = "".join(texts[first:]) + "user: My code is XK-7731-B.\n"  # long enough for the ledger's share
         probe = Probe(
             task="cued-recall",
             source="conversation",
@@ -38,7 +39,7 @@ def test_no_more_tokens_than_the_memory(arm):
             history=history,
             turns=(Message("user", "Which code?"),),
             target="x",
-            query="code 471",
+            query="code XK-7731-B",
             document_hashes=(),
         )
         pages = processor.pages(history)
@@ -50,7 +51,7 @@ def test_no_more_tokens_than_the_memory(arm):
         assert sum(counts) - sum(left) < len(ids) + tokens_per_unit(processor)
         assert features[-1, : left[-1]].equal(features_PVE[-1, counts[-1] - left[-1] : counts[-1]])
         text = processor.tokenizer.decode(ids)
-        assert "471" in text
+        assert "XK-7731-B" in text
         # As `Memory` writes it: behind the memory, each part behind an empty line.
         context = Context(features_PVE=features, page_num_tokens=left, exact_ids=ids)
         prompt = make_prompt(probe, context, processor.chat_format)

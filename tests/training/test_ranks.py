@@ -34,7 +34,7 @@ def run(folder: Path, *arguments: object, processes: int, wrapper: str = "none")
         [*launcher, str(WORKER), str(folder), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
         env=environment,
         check=False,
     )
