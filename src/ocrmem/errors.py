@@ -11,6 +11,12 @@ class OcrmemError(ValueError):
     """Base of all errors below. The command line prints it as one line, without a traceback."""
 
 
+def message_of(error: OcrmemError) -> str:
+    """What an error says, without the traceback that torch's `DataLoader` puts around the message of a worker's."""
+    head, _, message = str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    return message.rstrip("\n") if "DataLoader worker process" in head else str(error)
+
+
 class ConfigError(OcrmemError):
     """A setting, a config file or a combination of settings is wrong."""
 

@@ -5,7 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+
+from ocrmem import cli
+from ocrmem.errors import AssetError, message_of
 
 VERBS = ["params", "fetch", "render", "tune-page", "train", "chat", "store", "eval", "doctor"]
 
@@ -132,3 +136,27 @@ def test_params_prints_the_seeds_figures_in_little_memory():
     assert result["parts"] == {"base_llm_model": 8_190_735_360, "ocr_embed": 397_880_576, "proj": 18_882_560}
     assert "deepseek-ocr has features of 512" in fails(*arguments[:-1], "700")
     assert "unknown LLM preset 'qwen3-9b'. Did you mean 'qwen3-8b'?" in fails("params", "--llm", "qwen3-9b")
+
+
+class Unreadable(torch.utils.data.Dataset):
+    """Its items cannot be had, as where a font of a rare character cannot."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise AssetError("asset 'a-font': no registry here.\nFetch it before.")
+
+
+def test_an_error_in_a_worker_process_is_shown_without_the_worker_s_traceback(monkeypatch, capsys):
+    loader = torch.utils.data.DataLoader(Unreadable(), batch_size=None, num_workers=1)
+    monkeypatch.setattr(cli, "app", lambda: list(loader))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "error: asset 'a-font': no registry here.\nFetch it before.\n"
+
+
+def test_an_error_that_quotes_its_own_name_stays_whole():
+    message = "ocrmem.errors.AssetError: is what a log says."
+    assert message_of(AssetError(message)) == message

@@ -164,6 +164,9 @@ def test_arms_that_are_not_asked_for_are_named(model_and_processor, tmp_path):
     found = {row["arm"] for row in results["using"]}
     assert found == {"none", "full-text", "bm25", "memory", "memory-ledger"}
     assert all(row["token_f1"] is None for row in results["using"])
+    read = evaluate(tmp_path / "adapter", dataclasses.replace(asked, parts=("reading",)))["reading"]
+    assert {row["arm"] for row in read if row["token_accuracy"]["mean"] >= 0} == {"memory", "full-text", "none"}
+    assert all(row["cer"] is None and row["identifier_recall"] is None for row in read)
     reasons = {row["arm"]: row["reason"] for row in results["left_out"]}
     assert reasons["untrained-projection"] == reasons["last-n"] == "not asked for"
     assert not found & set(reasons)

@@ -47,17 +47,29 @@ def test_a_part_that_is_run_again_replaces_its_rows():
 
 def test_answers_stay_where_the_same_probes_are_scored_again_without():
     first, second = parts()
-    answered = {field: {"mean": 0.25, "low": 0.2, "high": 0.3} for field in ANSWERED}
+    fields = ANSWERED["using"]
+    answered = {field: {"mean": 0.25, "low": 0.2, "high": 0.3} for field in fields}
     second["using"][0] |= answered
     whole = merge_results(first, second, source="file")
     again = {**copy.deepcopy(second), "using": [using("cloze", "memory", interval(0.75))]}
-    again["using"][0] |= dict.fromkeys(ANSWERED)
+    again["using"][0] |= dict.fromkeys(fields)
     (row, _) = merge_results(whole, again, source="file")["using"]
     assert row["gain"]["mean"] == 0.75
-    assert {field: row[field] for field in ANSWERED} == answered
+    assert {field: row[field] for field in fields} == answered
     again["using"][0]["n"] += 1
     (row, _) = merge_results(whole, again, source="file")["using"]
     assert row["token_f1"] is None
+
+
+def test_texts_that_were_read_aloud_stay_so_where_they_are_scored_again_without():
+    first, _ = parts()
+    again = copy.deepcopy(first)
+    again["reading"] = [reading("memory", 1024, 0.5, 2.25)]
+    again["reading"][0] |= dict.fromkeys(ANSWERED["reading"])
+    (_, before), (_, row) = first["reading"], merge_results(first, again, source="file")["reading"]
+    assert (row["token_accuracy"]["mean"], row["cer"]) == (0.5, before["cer"])
+    again["reading"][0]["n"] += 1
+    assert merge_results(first, again, source="file")["reading"][1]["cer"] is None
 
 
 @pytest.mark.parametrize(

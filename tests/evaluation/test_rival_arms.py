@@ -319,3 +319,14 @@ def test_what_a_stopped_run_measured_is_taken_over(folders, tmp_path, monkeypatc
     assert results["reading"] == reading
     assert results["using"]
     assert not unfinished.exists()
+
+
+def test_what_was_not_read_aloud_is_printed_without_an_error_rate(folders, tmp_path, monkeypatch):
+    asked = dataclasses.replace(SMALL, parts=("reading",), answers=False)
+    monkeypatch.setattr("ocrmem.evaluation.settings.EvalSettings", lambda **_: asked)
+    output = tmp_path / "results.json"
+    done = CliRunner().invoke(app, ["eval", str(folders / "memory"), "--no-answers", "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    assert "memory" in done.stdout
+    assert "token accuracy" in done.stdout
+    assert "character error rate" not in done.stdout

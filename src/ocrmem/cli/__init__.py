@@ -15,7 +15,7 @@ import typer
 
 from ocrmem import __version__
 from ocrmem.cli import bench, chat, doctor, encode, eval, fetch, params, render, store, train, tune_page
-from ocrmem.errors import OcrmemError
+from ocrmem.errors import OcrmemError, message_of
 
 app = typer.Typer(
     name="ocrmem",
@@ -59,7 +59,7 @@ def main() -> None:
     try:
         app()
     except OcrmemError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -27,7 +27,7 @@ def command(
     arms: Annotated[
         str, typer.Option(help="Arms of using besides none, full-text, memory and rivals, such as bm25; none: all.")
     ] = "",
-    answers: Annotated[bool, typer.Option(help="Answer the questions too; without, cross entropy alone.")] = True,
+    answers: Annotated[bool, typer.Option(help="Answer, and read aloud, too; without, teacher-forced alone.")] = True,
     rival: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,9 +124,10 @@ def command(
         return
     for row in results["reading"]:
         if row["arm"] == "memory" or row["arm"] in rivals:
+            errors = "" if row["cer"] is None else f", character error rate {row['cer']['mean']:.3f}"
             print(
                 f"reading {row['num_chars']} characters, {row['source']}, {row['arm']}: {row['ratio']:.2f}x, token "
-                f"accuracy {row['token_accuracy']['mean']:.3f}, character error rate {row['cer']['mean']:.3f}"
+                f"accuracy {row['token_accuracy']['mean']:.3f}{errors}"
             )
     for row in results["using"]:
         if row["gain"] is not None:

@@ -19,8 +19,8 @@ TABLES = {
 }
 """Tables, and the fields that tell their rows apart."""
 
-ANSWERED = ("exact_match", "token_f1", "transcribes")
-"""Fields of `using` that come from answers, which a later run need not ask for again."""
+ANSWERED = {"reading": ("cer", "identifier_recall"), "using": ("exact_match", "token_f1", "transcribes")}
+"""Fields of tables that come from answers, which a later run need not ask for again."""
 
 
 def merge_results(before: dict[str, Any], new: dict[str, Any], *, source: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def merge_results(before: dict[str, Any], new: dict[str, Any], *, source: str) -
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         for row in (*before[table], *new[table]):
             name = tuple(row[field] for field in fields)
-            rows[name] = _with_answers(row, rows[name]) if name in rows and table == "using" else row
+            rows[name] = _with_answers(row, rows[name], ANSWERED.get(table, ())) if name in rows else row
         merged[table] = list(rows.values())
     present = {row["arm"] for table in ("reading", "using") for row in merged[table]}
     merged["left_out"] = [row for row in merged["left_out"] if row["arm"] not in present]
@@ -59,11 +59,11 @@ def merge_results(before: dict[str, Any], new: dict[str, Any], *, source: str) -
     return check_schema(merged, source=source)
 
 
-def _with_answers(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """A row of `using`; without answers, with those to the same probes from before."""
-    if row["token_f1"] is not None or row["n"] != before["n"]:
+def _with_answers(row: dict[str, Any], before: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    """A row; where it has no answers, with the `fields` of those to the same probes from before."""
+    if any(row[field] is not None for field in fields) or row.get("n") != before.get("n"):
         return row
-    return {**row, **{field: before[field] for field in ANSWERED}}
+    return {**row, **{field: before[field] for field in fields}}
 
 
 def _identity(value: Any) -> Any:

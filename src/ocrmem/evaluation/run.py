@@ -157,7 +157,7 @@ class _Run:
         self.untrained = _untrained(model, generator)
 
     def reading(self, documents: Sequence[Document], conversations: Sequence[Conversation]) -> Iterator[Rows]:
-        """Reconstruction, length by length: teacher-forced accuracy, greedy errors, identifiers."""
+        """Reconstruction, length by length: teacher-forced accuracy, and of answers greedy errors and identifiers."""
         joined = [_joined(documents, start) for start in range(0, len(documents), 12)]
         for chars in self.settings.reading_chars:
             contexts: dict[str, Contexts] = {}
@@ -174,9 +174,11 @@ class _Run:
                     scorer = self._scorer(f"reading {chars} {source}: {arm}", len(found))
                     _, accuracies[source, arm] = scorer.score(prompts[source, arm])
             asked = {key: chosen for key, chosen in prompts.items() if key[1] != "none"}  # it has nothing to repeat
-            answers = self._answers(
-                f"reading {chars}: answers", asked, lambda prompt: int(READING_ROOM * len(prompt.target)) + 4
-            )
+            answers: dict[tuple[str, str], list[str]] = {}
+            if self.settings.answers:
+                answers = self._answers(
+                    f"reading {chars}: answers", asked, lambda prompt: int(READING_ROOM * len(prompt.target)) + 4
+                )
             yield [
                 self._read(arm, source, chars, contexts[source], accuracy, answers.get((source, arm), []))
                 for (source, arm), accuracy in accuracies.items()

@@ -38,7 +38,7 @@ class EvalSettings:
     arms: tuple[str, ...] = ()
     """Arms of `using`, besides `none`, `full-text`, `memory` and the rivals that are given; empty: all."""
     answers: bool = True
-    """Whether questions are answered too, and not scored by cross entropy alone."""
+    """Whether texts are read aloud and questions answered too, and not scored teacher-forced alone."""
     answer_tokens: int = 48
     """Longest answer to a question."""
     conversations: str = "chitchat/heldout.jsonl"
