@@ -63,6 +63,11 @@ MORE_STEPS = 400
 """Steps of `OBJECTIVES`."""
 EVALUATIONS = 4
 """Of a short run, the last one at its end."""
+SAVE_STEPS = 200
+"""A short run has a checkpoint so often."""
+ATTEMPTS = 5
+"""A training that died is begun so often in all, each time from its last checkpoint: rivals' trainings met CUDA errors
+that did not come back at the same step (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,7 @@ def short_run(stages: list[dict[str, Any]], *, warm_up: int = 0) -> tuple[str, .
         f"objectives.stages={json.dumps(stages)}",
         f"training.lr_scheduler_kwargs.num_decay_steps={stages[-1]['steps'] // 2}",
         f"training.eval_steps={total // EVALUATIONS}",
+        f"training.save_steps={SAVE_STEPS}",
     )
 
 
@@ -179,9 +185,12 @@ def run(job: Job, gpu: int) -> bool:
     folder = Path("runs/logs")
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    command = [sys.executable, "-m", "ocrmem", *job.command]
     with (folder / f"{job.name}.err").open("w") as errors:
-        command = [sys.executable, "-m", "ocrmem", *job.command]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        for _ in range(1 if job.log is None else ATTEMPTS):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+            if done.returncode >= 0:  # a signal ended it otherwise, as after a CUDA error
+                break
     if done.returncode == 0 and job.log is not None:
         result = json.loads(done.stdout[done.stdout.index("{") :])
         shown = shlex.join(["ocrmem", *job.command])

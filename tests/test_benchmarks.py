@@ -1,5 +1,7 @@
 """The benchmarks' jobs: every command is one that the command line and the configs know."""
 
+import dataclasses
+import json
 import runpy
 import shlex
 import subprocess
@@ -83,3 +85,22 @@ def test_an_evaluation_does_not_need_every_rival(fidelity):
     left = fidelity["without_rivals"](job, ["2x-mean-pooling", "4x-convolution"]).command
     assert set(job.command) - set(left) == {"--rival=mean-pooling=runs/2x-mean-pooling/adapter"}
     assert fidelity["without_rivals"](job, []).command == job.command
+
+
+@pytest.mark.parametrize(("codes", "well"), [([-6, -6, 0], True), ([1], False), ([-9] * 5, False)])
+def test_a_training_that_was_ended_by_a_signal_is_begun_again(fidelity, tmp_path, monkeypatch, codes, well):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(fidelity["run"].__globals__, "device_name", lambda _: "a GPU")
+    left = list(codes)
+
+    def ended(command, **_):
+        return subprocess.CompletedProcess(command, left.pop(0), stdout='one line\n{"steps": 7}')
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    job = fidelity["Job"]("name", ("train", "config"), Path("adapter"), log=Path("log.json"))
+    assert fidelity["run"](job, 0) is well
+    assert left == []
+    assert (Path("log.json").exists() and json.loads(Path("log.json").read_text())["steps"] == 7) is well
+    evaluation = dataclasses.replace(job, log=None)
+    left.append(-6)
+    assert fidelity["run"](evaluation, 0) is False  # what it measured is kept, and a GPU's memory may be too small

@@ -11,11 +11,12 @@ FIGURES = ("token_accuracy", "cer", "ce", "token_f1")
 
 @pytest.mark.parametrize("name", ["smollm2-pp-ocr-2x", "smollm2-pp-ocr-4x"])
 def test_the_figures_of_a_card(name):
-    results = json.loads((ROOT / "results" / "fidelity" / f"{name}.json").read_text(encoding="utf-8"))
+    files = [ROOT / "results" / "fidelity" / f"{name}{part}.json" for part in ("", "-cpu")]
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     manifest = json.loads((ROOT / "adapters" / name / "training_manifest.json").read_text(encoding="utf-8"))
-    assert results["adapter"]["steps"] == manifest["steps"]
+    assert {result["adapter"]["steps"] for result in results} == {manifest["steps"]}
     measured = set()
-    for row in (*results["reading"], *results["using"]):
+    for row in (row for result in results for table in ("reading", "using") for row in result[table]):
         what = f"{row['num_chars']:,} characters" if "num_chars" in row else row["task"]
         ratio = [f"{row['ratio']:.2f}×"] if "num_chars" in row else []
         figures = [interval(row[figure]) for figure in FIGURES if figure in row]

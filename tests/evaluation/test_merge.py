@@ -43,6 +43,8 @@ def test_a_part_that_is_run_again_replaces_its_rows():
     assert [(row["num_chars"], row["token_accuracy"]["mean"]) for row in found["reading"]] == [(256, 0.9), (1024, 0.5)]
     assert found["command"] == "ocrmem eval a --parts using,cost && ocrmem eval a --parts reading"
     assert found["adapter"]["memory_ratio"] == pytest.approx(2.0)
+    rejoined = merge_results(first, whole, source="file")  # as with what a stopped run had joined to the file
+    assert rejoined["command"] == whole["command"]
 
 
 def test_answers_stay_where_the_same_probes_are_scored_again_without():

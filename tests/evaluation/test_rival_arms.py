@@ -319,6 +319,10 @@ def test_what_a_stopped_run_measured_is_taken_over(folders, tmp_path, monkeypatc
     assert results["reading"] == reading
     assert results["using"]
     assert not unfinished.exists()
+    monkeypatch.setattr("ocrmem.evaluation.run._Run.reading", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(("reading",)).exit_code != 0
+    assert not unfinished.exists()  # it measured nothing
+    assert json.loads(output.read_text()) == results
 
 
 def test_what_was_not_read_aloud_is_printed_without_an_error_rate(folders, tmp_path, monkeypatch):

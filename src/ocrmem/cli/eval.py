@@ -95,7 +95,7 @@ def command(
 
     def keep(results: dict[str, Any]) -> None:
         found = whole(results)
-        if found["reading"] or found["using"]:
+        if results["reading"] or results["using"]:  # else only what was there, which this run's command did not measure
             write_text(unfinished, json.dumps(found, indent=1) + "\n")
 
     console = _stderr()

@@ -43,8 +43,9 @@ def merge_results(before: dict[str, Any], new: dict[str, Any], *, source: str) -
                 "file. Name another with --output, or remove it."
             )
     merged = {**before, "created": new["created"]}
-    commands = before["command"].split(" && ")
-    merged["command"] = " && ".join([*(command for command in commands if command != new["command"]), new["command"]])
+    later = new["command"].split(" && ")
+    earlier = [command for command in before["command"].split(" && ") if command not in later]
+    merged["command"] = " && ".join([*earlier, *later])
     merged["rivals"] = list({row["arm"]: row for row in (*before.get("rivals", ()), *new.get("rivals", ()))}.values())
     for table, fields in TABLES.items():
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
