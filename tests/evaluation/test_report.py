@@ -125,6 +125,18 @@ def test_plots_are_there_and_the_same_every_time(tmp_path):
     )
 
 
+def test_lengths_that_were_not_read_aloud_are_said(tmp_path):
+    pytest.importorskip("matplotlib")
+    data = results()
+    path = tmp_path / "docs" / "fidelity" / "reading.svg"
+    write_report(write(tmp_path / "r", x=data), tmp_path / "docs")
+    assert "not read aloud" not in drawn_text(path)
+    for row in data["reading"]:
+        row["cer"] = row["cer"] if row["num_chars"] == 256 else None
+    write_report(write(tmp_path / "r", x=data), tmp_path / "docs")
+    assert "not read aloud" in drawn_text(path)
+
+
 def drawn_text(path):
     root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
     return {"".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")}

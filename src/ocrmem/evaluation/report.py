@@ -428,6 +428,9 @@ def _reading_figure(rows: Sequence[Row]) -> Figure:
     for column, length in enumerate(lengths):
         panels[0, column].set_title(f"{length:,} characters", fontsize=10)
         panels[1, column].set_xlabel("compression ratio")
+        if all(row["cer"] is None for row in rows if row["num_chars"] == length):
+            centre = panels[1, column].transAxes
+            panels[1, column].text(0.5, 0.5, "not read aloud", transform=centre, ha="center", color="#6e7781")
     panels[0, 0].set_ylabel("token accuracy")
     panels[1, 0].set_ylabel("character error rate")
     figure.legend(loc="outside lower center", ncols=min(3, 1 + len(lengths)), fontsize=8)
