@@ -102,13 +102,13 @@ class ConvEncoder(OCREncoder):
         return digest.hexdigest()
 
 
-def tiny_config(*, kind: str = "mlp", feature_dtype: str = "float32") -> MEMConfig:
+def tiny_config(*, kind: str = "mlp", feature_dtype: str = "float32", vocabulary: bool = False) -> MEMConfig:
     """Settings for the tiny parts."""
     return MEMConfig.from_settings(
         encoder=EncoderSettings(name="conv"),
         page=PAGE,
         memory=MemorySettings(feature_dtype=feature_dtype),
-        projection=ProjectionSettings(kind=kind, num_layers=1, num_heads=2),
+        projection=ProjectionSettings(kind=kind, num_layers=1, num_heads=2, vocabulary=vocabulary),
         memory_token="<memory>",
         memory_token_id=PLACEHOLDER,
     )

@@ -435,7 +435,7 @@ CONFIG = {
     "encoder": {"name": "pp-ocr", "settings": {"steps_per_token": 20}},
     "page": PAGE,
     "memory": {"header": ""},
-    "projection": {"kind": "attention", "num_layers": 1, "pieces": 4, "gain": True},
+    "projection": {"kind": "attention", "num_layers": 1, "pieces": 4, "gain": True, "vocabulary": True},
     "optimizer": "muon",
     "objectives": {
         "corpora": ["wiki-leads/train.jsonl", "chitchat/train.jsonl"],

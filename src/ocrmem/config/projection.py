@@ -32,6 +32,10 @@ class ProjectionSettings:
     gain: bool = False
     """Learn the size of each dimension of the memory tokens, from that of the LLM's embeddings on; otherwise every
     token has the RMS of the LLM's embeddings."""
+    vocabulary: bool = False
+    """Read each piece as a mixture of the LLM's own input embeddings, by a softmax over all of them, and give that to
+    the layers that follow; so that what the embeddings are need not be learnt, but only which of them stands on the
+    page (kind `attention` alone). Costs 4 × vocabulary × embedding width FLOP a piece."""
     num_heads: int = 8
     """Heads of each attention layer; must divide the LLM's embedding width (kind `attention` alone)."""
 
@@ -44,6 +48,8 @@ class ProjectionSettings:
             raise ConfigError("projection merge=true needs pieces of 2 or more; pieces is 1.")
         if self.merged_layers and self.kind != "attention":
             raise ConfigError(f"projection merged_layers={self.merged_layers} needs kind 'attention'.")
+        if self.vocabulary and self.kind != "attention":
+            raise ConfigError(f"projection vocabulary=true needs kind 'attention'; kind is {self.kind!r}.")
         if self.merged_layers < 0:
             raise ConfigError(f"projection setting merged_layers={self.merged_layers}: expected 0 or more.")
         for name in ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "pieces"):

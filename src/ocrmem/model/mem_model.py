@@ -116,6 +116,7 @@ class MEMModel(PreTrainedModel):
             feature_width=ocr_embed.feature_width,
             embedding_width=base_llm_model.config.get_text_config().hidden_size,
             embedding_rms=embedding_rms(base_llm_model),
+            embeddings_CD=weight if config.projection_settings.vocabulary else None,
         ).to(weight.device)
         check_trainable(self, proj=self.proj)
         # What FSDP shards as one: the projection too, whose float32 it cannot mix with the frozen parts.
@@ -156,6 +157,7 @@ class MEMModel(PreTrainedModel):
         page_num_tokens: torch.Tensor | None = None,
         num_pages: torch.Tensor | None = None,
         memory_targets: torch.Tensor | None = None,
+        memory_token_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         max_length_q: int | None = None,
@@ -184,6 +186,8 @@ class MEMModel(PreTrainedModel):
             num_pages: int64 [B], how many pages each sample has.
             memory_targets: [P, V, D]; do not run the LLM, but give as the loss the mean of 1 - cosine between each
                 memory token and its target, where that is not zero: a warm start for the projection.
+            memory_token_ids: [P, V, T], -1 where there is none; with `memory_targets` and `projection.vocabulary`, the
+                loss has the cross entropy of reading these text tokens too.
             position_ids: int64 [B, S]; in a packed row they start anew with every sample. None: `positions` gives them;
                 with `past_key_values` that hold something, give them where a memory token takes several.
             cu_seq_lens_q: int32 [samples + 1], where the samples of one packed row (B = 1) begin, and S at the end;
@@ -213,7 +217,10 @@ class MEMModel(PreTrainedModel):
         if memory_targets is not None:
             if features is None:
                 raise SpliceError("`memory_targets` came without `features`; give both.")
-            return MEMOutput(loss=target_loss(self.proj(features, page_num_tokens), memory_targets))
+            if memory_token_ids is None:
+                return MEMOutput(loss=target_loss(self.proj(features, page_num_tokens), memory_targets))
+            memory, reading_loss = self.proj(features, page_num_tokens, token_ids_PVT=memory_token_ids)
+            return MEMOutput(loss=target_loss(memory, memory_targets) + reading_loss)
         embeds_BSD = self.embed(
             input_ids,
             pages=pages,

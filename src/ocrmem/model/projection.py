@@ -16,6 +16,7 @@ tokens enter the frozen LLM at the scale of text.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,6 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError, SpliceError
 
+READING_SCALE = 20.0
+"""By what `VocabularyReader` multiplies cosines before its softmax, at the start."""
 ROTARY_BASE = 100.0
 """Base of the rotary angles (Su et al. 2021, who have 10,000): what is read together is a few tokens apart."""
 
@@ -49,6 +52,7 @@ class Projection(nn.Module):
         feature_width: E.
         embedding_width: D.
         embedding_rms: root mean square of the LLM's input embeddings, to which every output token is scaled.
+        embeddings_CD: the LLM's input embeddings, for `settings.vocabulary` alone.
     """
 
     embedding_rms: torch.Tensor
@@ -62,6 +66,7 @@ class Projection(nn.Module):
         feature_width: int,
         embedding_width: int,
         embedding_rms: float,
+        embeddings_CD: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.feature_width = feature_width
@@ -82,6 +87,14 @@ class Projection(nn.Module):
                 num_heads=settings.num_heads,
                 mlp_ratio=settings.mlp_ratio,
             )
+        self.reader: VocabularyReader | None = None
+        if settings.vocabulary:
+            if embeddings_CD is None or not embeddings_CD.numel():
+                raise ConfigError(
+                    "projection.vocabulary=true needs the LLM's input embeddings in one piece, and got none. Where "
+                    "DeepSpeed's ZeRO-3 shares out weights while they are loaded, load the LLM without it."
+                )
+            self.reader = VocabularyReader(embeddings_CD)
         matrices = [
             nn.Linear(embedding_width, embedding_width, bias=False, dtype=torch.float32)
             for _ in range(settings.pieces if settings.merge else 0)
@@ -100,16 +113,25 @@ class Projection(nn.Module):
         self.gain_D = nn.Parameter(torch.ones(embedding_width, dtype=torch.float32)) if settings.gain else None
         self.register_buffer("embedding_rms", torch.tensor(embedding_rms, dtype=torch.float32))
 
-    def forward(self, features_PVE: torch.Tensor, page_num_tokens_P: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        features_PVE: torch.Tensor,
+        page_num_tokens_P: torch.Tensor | None = None,
+        *,
+        token_ids_PVT: torch.Tensor | None = None,
+    ) -> Any:
         """Project.
 
         Args:
             features_PVE: the encoder's features, any floating type. E may be any number of pieces: `pieces` as the
                 settings say, or fewer for less compression.
             page_num_tokens_P: tokens in use on each page; attention does not look beyond them. None: all V.
+            token_ids_PVT: text tokens under each memory token of one piece, -1 where there is none; for
+                `settings.vocabulary` alone.
 
         Returns:
-            memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms` times its gain.
+            memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms` times its gain; with
+            `token_ids_PVT` the pair of it and the cross entropy of reading them, in nats.
         """
         pages, tokens, width = features_PVE.shape
         pieces = width // self.piece_width
@@ -120,11 +142,15 @@ class Projection(nn.Module):
             memory_PVD = self.linear2(F.gelu(self.linear1(cut)))
             if self.attention is not None:
                 memory_PVD = self.attention(memory_PVD, used_P)
+            reading_loss = None
+            if self.reader is not None:
+                memory_PVD, reading_loss = self.reader(memory_PVD, token_ids_PVT)
             memory_PVD = self._merged(memory_PVD, pieces)
             if self.merged is not None:
                 memory_PVD = self.merged(memory_PVD, page_num_tokens_P)
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
-        return normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
+        memory_PVD = normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
+        return memory_PVD if token_ids_PVT is None else (memory_PVD, reading_loss)
 
     def _merged(self, pieces_PVD: torch.Tensor, pieces: int) -> torch.Tensor:
         """Every `pieces` neighbours as one, by `ProjectionSettings.merge`; the first matrix is the last piece's."""
@@ -147,6 +173,43 @@ class Projection(nn.Module):
             return tensor.to(device=moved.device, dtype=torch.float32)
 
         return super()._apply(keep_float32, recurse)
+
+
+class VocabularyReader(nn.Module):
+    """Adds to each piece the mixture of the LLM's input embeddings that it is read as.
+
+    Args:
+        embeddings_CD: the table, frozen; kept in float32, and no part of an adapter.
+    """
+
+    embeddings_CD: torch.Tensor
+
+    def __init__(self, embeddings_CD: torch.Tensor) -> None:
+        super().__init__()
+        width = embeddings_CD.shape[1]
+        self.query, self.value = (nn.Linear(width, width, bias=False, dtype=torch.float32) for _ in range(2))
+        for matrix in (self.query, self.value):
+            nn.init.eye_(matrix.weight)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(READING_SCALE), dtype=torch.float32))
+        table = embeddings_CD.detach().to(torch.float32, copy=True)
+        self.register_buffer("embeddings_CD", table, persistent=False)
+
+    def forward(
+        self, pieces_PVD: torch.Tensor, token_ids_PVT: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """pieces_PVD in and out, and the cross entropy of `token_ids_PVT`, of those that are not -1: mean over the
+        pieces that have any, each the mean over its tokens."""
+        directions_CD = F.normalize(self.embeddings_CD, dim=-1)
+        cosines_PVC = F.normalize(self.query(pieces_PVD), dim=-1) @ directions_CD.T
+        log_shares_PVC = F.log_softmax(cosines_PVC.float() * self.log_scale.exp(), dim=-1)
+        mixture_PVD = log_shares_PVC.exp().to(cosines_PVC.dtype) @ self.embeddings_CD.to(cosines_PVC.dtype)
+        read_PVD = pieces_PVD + self.value(F.rms_norm(mixture_PVD.float(), mixture_PVD.shape[-1:], eps=1e-6))
+        if token_ids_PVT is None:
+            return read_PVD, None
+        given_PVT = token_ids_PVT >= 0
+        right_PVT = log_shares_PVC.gather(-1, token_ids_PVT.clamp(min=0).long()) * given_PVT
+        loss_PV = -right_PVT.sum(dim=-1) / given_PVT.sum(dim=-1).clamp(min=1)
+        return read_PVD, loss_PV.sum() / given_PVT.any(dim=-1).sum().clamp(min=1)
 
 
 class PageAttention(nn.Module):

@@ -42,6 +42,7 @@ FORWARD_KEYS = (
     "page_num_tokens",
     "num_pages",
     "memory_targets",
+    "memory_token_ids",
 )
 """What of a packed row `MEMModel.forward` takes."""
 
@@ -191,8 +192,8 @@ class ObjectiveTrainer(MEMTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Warm start: cosine distance to the covered text's mean embedding. Else cross entropy, and the KL divergence
-        from the teacher at its weight."""
+        """Warm start: cosine distance to the covered text's mean embedding, and with `projection.vocabulary` the cross
+        entropy of reading it. Else cross entropy, and the KL divergence from the teacher at its weight."""
         if self.settings.compile and not self._compiled:
             compile_layers(self.model.base_llm_model)
             dtype = self.model.base_llm_model.dtype
@@ -203,6 +204,8 @@ class ObjectiveTrainer(MEMTrainer):
             self._compiled = True
         if inputs.get("warm_start"):
             inputs["memory_targets"] = covered_embeddings(inputs["slots"], self.model.get_input_embeddings())
+            if self.model.proj.reader is not None and inputs["pieces"] == 1:
+                inputs["memory_token_ids"] = inputs["slots"]
             loss = model(**{key: inputs[key] for key in FORWARD_KEYS if key in inputs}).loss
             self._note("warm_start", loss)
             self._note_memory(inputs)

@@ -31,8 +31,9 @@ def full_weights(proj: nn.Module) -> dict[str, torch.Tensor]:
 def load_weights(proj: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Put whole weights, checked before, where each process holds its share of them."""
     parameters = dict(proj.named_parameters())
+    kept = {name: buffer for name, buffer in proj.named_buffers() if name in weights}  # some are no part of an adapter
     with torch.no_grad():
-        for name, tensor in {**parameters, **dict(proj.named_buffers())}.items():
+        for name, tensor in {**parameters, **kept}.items():
             value = weights[name].to(tensor.device)
             if isinstance(tensor, DTensor):
                 tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
