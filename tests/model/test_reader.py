@@ -60,6 +60,7 @@ def test_every_parameter_learns_and_the_table_stays(tmp_path):
         id(parameter) for parameter in model.proj.parameters()
     }
     assert torch.equal(model.proj.reader.embeddings_CD, before.float())
+    assert set(model._ddp_params_and_buffers_to_ignore) <= set(dict(model.named_buffers()))
     with torch.no_grad():
         model.proj.reader.log_scale.add_(0.5)
     model.save_pretrained(tmp_path)

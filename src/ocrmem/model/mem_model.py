@@ -121,6 +121,8 @@ class MEMModel(PreTrainedModel):
         check_trainable(self, proj=self.proj)
         # What FSDP shards as one: the projection too, whose float32 it cannot mix with the frozen parts.
         self._no_split_modules = [*(base_llm_model._no_split_modules or ()), "Projection"]
+        # Every process has the LLM's table; DDP would send the reader's copy of it at every step.
+        self._ddp_params_and_buffers_to_ignore = ["proj.reader.embeddings_CD"]
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base_llm_model.forward).parameters
         self.cross_entropy = cross_entropy_sum
         self.loss_chunk_size: int | None = None

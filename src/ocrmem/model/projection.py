@@ -201,13 +201,14 @@ class VocabularyReader(nn.Module):
         pieces that have any, each the mean over its tokens."""
         directions_CD = F.normalize(self.embeddings_CD, dim=-1)
         cosines_PVC = F.normalize(self.query(pieces_PVD), dim=-1) @ directions_CD.T
-        log_shares_PVC = F.log_softmax(cosines_PVC.float() * self.log_scale.exp(), dim=-1)
-        mixture_PVD = log_shares_PVC.exp().to(cosines_PVC.dtype) @ self.embeddings_CD.to(cosines_PVC.dtype)
+        logits_PVC = cosines_PVC.float() * self.log_scale.exp()
+        mixture_PVD = logits_PVC.softmax(dim=-1).to(cosines_PVC.dtype) @ self.embeddings_CD.to(cosines_PVC.dtype)
         read_PVD = pieces_PVD + self.value(F.rms_norm(mixture_PVD.float(), mixture_PVD.shape[-1:], eps=1e-6))
         if token_ids_PVT is None:
             return read_PVD, None
         given_PVT = token_ids_PVT >= 0
-        right_PVT = log_shares_PVC.gather(-1, token_ids_PVT.clamp(min=0).long()) * given_PVT
+        logits_PVT = logits_PVC.gather(-1, token_ids_PVT.clamp(min=0).long())
+        right_PVT = (logits_PVT - logits_PVC.logsumexp(dim=-1, keepdim=True)) * given_PVT
         loss_PV = -right_PVT.sum(dim=-1) / given_PVT.sum(dim=-1).clamp(min=1)
         return read_PVD, loss_PV.sum() / given_PVT.any(dim=-1).sum().clamp(min=1)
 
