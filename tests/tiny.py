@@ -114,11 +114,13 @@ def tiny_config(*, kind: str = "mlp", feature_dtype: str = "float32", vocabulary
     )
 
 
-def tiny_model(family: str = "qwen3", *, kind: str = "mlp", seed: int = 2, **llm_overrides: object) -> MEMModel:
+def tiny_model(
+    family: str = "qwen3", *, kind: str = "mlp", seed: int = 2, vocabulary: bool = False, **llm_overrides: object
+) -> MEMModel:
     """A MEMModel of the tiny parts."""
     llm, encoder = tiny_llm(family, **llm_overrides), ConvEncoder()
     torch.manual_seed(seed)
-    return MEMModel(tiny_config(kind=kind), base_llm_model=llm, ocr_embed=encoder)
+    return MEMModel(tiny_config(kind=kind, vocabulary=vocabulary), base_llm_model=llm, ocr_embed=encoder)
 
 
 def tiny_batch(

@@ -4,20 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import ConvEncoder, tiny_batch, tiny_config, tiny_llm
+from tiny import tiny_batch, tiny_model
 
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.model.projection import Projection, VocabularyReader
 from ocrmem.training.objectives import covered_embeddings
-
-
-def reading_model():
-    llm = tiny_llm()
-    torch.manual_seed(2)
-    config = tiny_config(kind="attention", vocabulary=True)
-    return MEMModel(config, base_llm_model=llm, ocr_embed=ConvEncoder())
 
 
 def test_a_piece_gets_the_embedding_that_it_is_read_as():
@@ -49,7 +42,7 @@ def test_the_cross_entropy_is_that_of_the_covered_tokens():
 
 
 def test_every_parameter_learns_and_the_table_stays(tmp_path):
-    model = reading_model()
+    model = tiny_model(kind="attention", vocabulary=True)
     table_CD = model.get_input_embeddings().weight
     before = table_CD.clone()
     batch = tiny_batch()
@@ -72,7 +65,7 @@ def test_every_parameter_learns_and_the_table_stays(tmp_path):
 
 
 def test_a_warm_start_has_the_reading_in_its_loss():
-    model = reading_model()
+    model = tiny_model(kind="attention", vocabulary=True)
     features_PVE = torch.randn(2, 3, model.ocr_embed.feature_width)
     slots_PVT = torch.tensor([[[5, -1], [6, 7], [-1, -1]], [[8, -1], [5, -1], [9, -1]]])
     targets_PVD = covered_embeddings(slots_PVT, model.get_input_embeddings())

@@ -79,13 +79,15 @@ def test_two_processes_learn_what_one_learns(alone, tmp_path, wrapper):
     "wrapper", ["fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
 )
 def test_a_run_goes_on_on_two_one_and_two_processes(tmp_path, wrapper):
-    """AdamW's state moves with it: the weights are those of an undisturbed run in one process."""
+    """AdamW's state moves with it: the weights are those of an undisturbed run in one process. The projection has all
+    that it can have, its reader's table too, which is in no checkpoint."""
     straight, moved = tmp_path / "straight", tmp_path / "moved"
-    assert run(straight, "--steps", 6, "--batch-size", 2, processes=1).returncode == 0
+    common = ("--vocabulary", "--steps", 6, "--batch-size")
+    assert run(straight, *common, 2, processes=1).returncode == 0
     for steps, processes in ((2, 2), (4, 1), (6, 2)):
         # The schedule of all pieces is that of the whole run, so each but the last is cut short.
         stop = ["--stop-after", steps] if steps < 6 else []
-        done = run(moved, "--steps", 6, *stop, "--batch-size", 2 // processes, processes=processes, wrapper=wrapper)
+        done = run(moved, *common, 2 // processes, *stop, processes=processes, wrapper=wrapper)
         assert done.returncode == 0, done.stderr[-3000:]
         assert last_checkpoint(moved).name == f"checkpoint-{steps}"
     for name, value in adapter(moved).items():

@@ -31,7 +31,7 @@ from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError, SpliceError
 
 READING_SCALE = 20.0
-"""By what `VocabularyReader` multiplies cosines before its softmax, at the start."""
+"""By what `VocabularyReader` multiplies cosines before its softmax, at the start; learnt for each dimension."""
 ROTARY_BASE = 100.0
 """Base of the rotary angles (Su et al. 2021, who have 10,000): what is read together is a few tokens apart."""
 
@@ -190,7 +190,8 @@ class VocabularyReader(nn.Module):
         self.query, self.value = (nn.Linear(width, width, bias=False, dtype=torch.float32) for _ in range(2))
         for matrix in (self.query, self.value):
             nn.init.eye_(matrix.weight)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(READING_SCALE), dtype=torch.float32))
+        # For each dimension, since neither FSDP2 nor ZeRO-3 shares out a single number.
+        self.log_scale = nn.Parameter(torch.full((width,), math.log(READING_SCALE), dtype=torch.float32))
         table = embeddings_CD.detach().to(torch.float32, copy=True)
         self.register_buffer("embeddings_CD", table, persistent=False)
 
@@ -200,9 +201,9 @@ class VocabularyReader(nn.Module):
         """pieces_PVD in and out, and the cross entropy of `token_ids_PVT`, of those that are not -1: mean over the
         pieces that have any, each the mean over its tokens."""
         directions_CD = F.normalize(self.embeddings_CD, dim=-1)
-        cosines_PVC = F.normalize(self.query(pieces_PVD), dim=-1) @ directions_CD.T
-        logits_PVC = cosines_PVC.float() * self.log_scale.exp()
-        mixture_PVD = logits_PVC.softmax(dim=-1).to(cosines_PVC.dtype) @ self.embeddings_CD.to(cosines_PVC.dtype)
+        queries_PVD = F.normalize(self.query(pieces_PVD), dim=-1) * self.log_scale.exp()
+        logits_PVC = (queries_PVD @ directions_CD.T).float()
+        mixture_PVD = logits_PVC.softmax(dim=-1) @ self.embeddings_CD
         read_PVD = pieces_PVD + self.value(F.rms_norm(mixture_PVD.float(), mixture_PVD.shape[-1:], eps=1e-6))
         if token_ids_PVT is None:
             return read_PVD, None
