@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from tiny import tiny_batch, tiny_model
 
 from ocrmem.config.projection import ProjectionSettings
-from ocrmem.errors import ConfigError
+from ocrmem.errors import ConfigError, SpliceError
+from ocrmem.evaluation.run import _untrained
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.model.projection import Projection, VocabularyReader
 from ocrmem.training.objectives import covered_embeddings
@@ -85,6 +86,23 @@ def test_a_warm_start_has_the_reading_in_its_loss():
         optimizer.step()
     assert losses()[1].item() < 0.5 * both.item()
     assert losses()[0] < cosine
+
+
+@pytest.mark.parametrize(("vocabulary", "pieces"), [(False, 1), (True, 2)])
+def test_tokens_that_cannot_be_read_are_refused(vocabulary, pieces):
+    settings = ProjectionSettings(kind="attention", num_heads=2, pieces=pieces, vocabulary=vocabulary)
+    parts = {"feature_width": 4, "embedding_width": 8, "embedding_rms": 0.1}
+    proj = Projection(settings, **parts, embeddings_CD=torch.randn(11, 8))
+    said = f"vocabulary={str(vocabulary).lower()} and features of {pieces} pieces to a memory token"
+    with pytest.raises(SpliceError, match=said):
+        proj(torch.randn(1, 3, 4), token_ids_PVT=torch.zeros(1, 3, 1, dtype=torch.int64))
+
+
+def test_an_untrained_projection_reads_the_same_table():
+    model = tiny_model(kind="attention", vocabulary=True)
+    fresh = _untrained(model, torch.Generator().manual_seed(0))
+    assert torch.equal(fresh.reader.embeddings_CD, model.proj.reader.embeddings_CD)
+    assert not torch.equal(fresh.linear1.weight, model.proj.linear1.weight)
 
 
 def test_it_needs_attention_and_the_table():

@@ -432,7 +432,7 @@ def _untrained(model: MEMModel, generator: torch.Generator) -> Projection:
             feature_width=model.ocr_embed.feature_width,
             embedding_width=model.base_llm_model.config.get_text_config().hidden_size,
             embedding_rms=float(model.proj.embedding_rms),
-            embeddings_CD=model.get_input_embeddings().weight if model.proj.reader is not None else None,  # pyright: ignore
+            embeddings_CD=None if model.proj.reader is None else model.proj.reader.embeddings_CD,
         )
     return fresh.to(next(model.proj.parameters()).device).requires_grad_(False)
 

@@ -132,9 +132,18 @@ class Projection(nn.Module):
         Returns:
             memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms` times its gain; with
             `token_ids_PVT` the pair of it and the cross entropy of reading them, in nats.
+
+        Raises:
+            SpliceError: more pieces to a memory token than the projection has; `token_ids_PVT` where they cannot be
+                read.
         """
         pages, tokens, width = features_PVE.shape
         pieces = width // self.piece_width
+        if token_ids_PVT is not None and (self.reader is None or pieces != 1):
+            raise SpliceError(
+                f"text tokens to read came to a projection with projection.vocabulary={str(bool(self.reader)).lower()} "
+                f"and features of {pieces} pieces to a memory token; expected true, and one piece."
+            )
         used_P = None if page_num_tokens_P is None else page_num_tokens_P * pieces
         cut = features_PVE.to(self.compute_dtype or torch.float32).reshape(pages, tokens * pieces, self.piece_width)
         lower = self.compute_dtype is not None
