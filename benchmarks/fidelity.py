@@ -41,6 +41,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no-warm-start": ("objectives.warm_start_steps=0",),
     "no-gain": ("projection.gain=false",),
     "no-merge": ("projection.merge=false",),
+    "no-reading": ("projection.read_tokens=0",),
     "no-merged-layers": ("projection.merged_layers=0",),
     "adamw": ("optimizer=null", "training.learning_rate=1.0e-3"),
 }

@@ -102,25 +102,25 @@ class ConvEncoder(OCREncoder):
         return digest.hexdigest()
 
 
-def tiny_config(*, kind: str = "mlp", feature_dtype: str = "float32", vocabulary: bool = False) -> MEMConfig:
+def tiny_config(*, kind: str = "mlp", feature_dtype: str = "float32", read_tokens: int = 0) -> MEMConfig:
     """Settings for the tiny parts."""
     return MEMConfig.from_settings(
         encoder=EncoderSettings(name="conv"),
         page=PAGE,
         memory=MemorySettings(feature_dtype=feature_dtype),
-        projection=ProjectionSettings(kind=kind, num_layers=1, num_heads=2, vocabulary=vocabulary),
+        projection=ProjectionSettings(kind=kind, num_layers=1, num_heads=2, read_tokens=read_tokens),
         memory_token="<memory>",
         memory_token_id=PLACEHOLDER,
     )
 
 
 def tiny_model(
-    family: str = "qwen3", *, kind: str = "mlp", seed: int = 2, vocabulary: bool = False, **llm_overrides: object
+    family: str = "qwen3", *, kind: str = "mlp", seed: int = 2, read_tokens: int = 0, **llm_overrides: object
 ) -> MEMModel:
     """A MEMModel of the tiny parts."""
     llm, encoder = tiny_llm(family, **llm_overrides), ConvEncoder()
     torch.manual_seed(seed)
-    return MEMModel(tiny_config(kind=kind, vocabulary=vocabulary), base_llm_model=llm, ocr_embed=encoder)
+    return MEMModel(tiny_config(kind=kind, read_tokens=read_tokens), base_llm_model=llm, ocr_embed=encoder)
 
 
 def tiny_batch(

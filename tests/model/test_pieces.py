@@ -154,7 +154,7 @@ def test_a_projection_of_more_pieces_begins_as_the_one_of_fewer(dtype, tmp_path)
     two, four = with_pieces(2), with_pieces(4, seed=1)
     two.save_pretrained(tmp_path, matrix_dtype=dtype)
     load_projection(two, tmp_path)
-    load_projection(four, tmp_path, fewer_pieces=True)
+    load_projection(four, tmp_path, start=True)
     assert all(torch.equal(value, four.proj.state_dict()[key]) for key, value in two.proj.state_dict().items())
     features_PVE, used = torch.randn(2, 5, 12), torch.tensor([5, 3])
     of_two = two.proj(features_PVE.reshape(2, 10, 6), used * 2)
@@ -181,7 +181,7 @@ def test_fewer_pieces_are_refused_where_nothing_asks_for_them(tmp_path):
 def test_whatever_else_differs_is_refused(saved, message, tmp_path):
     with_pieces(**saved).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=f"projection: {message}"):
-        load_projection(with_pieces(4), tmp_path, fewer_pieces=True)
+        load_projection(with_pieces(4), tmp_path, start=True)
 
 
 @pytest.mark.parametrize(("lost", "missing"), [(0, "merge.0.weight; .*merge.3.weight"), (1, "merge.1.weight")])
@@ -192,7 +192,7 @@ def test_a_gap_among_the_pieces_is_refused(lost, missing, tmp_path):
     weights.pop(f"merge.{lost}.weight")
     save_file(weights, path)
     with pytest.raises(CheckpointError, match=f"projection: missing {missing}[.]"):
-        load_projection(with_pieces(4), tmp_path, fewer_pieces=True)
+        load_projection(with_pieces(4), tmp_path, start=True)
 
 
 def test_compiled_layers_take_pages_of_any_number_and_length_without_being_compiled_anew():

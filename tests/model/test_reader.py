@@ -1,4 +1,4 @@
-"""The projection that reads the LLM's vocabulary: what is mixed, what it learns from, what an adapter holds of it."""
+"""The projection that reads text tokens: what is added, what it learns from, what an adapter holds of it."""
 
 import pytest
 import torch
@@ -7,43 +7,79 @@ from safetensors.torch import load_file
 from tiny import tiny_batch, tiny_model
 
 from ocrmem.config.projection import ProjectionSettings
-from ocrmem.errors import ConfigError, SpliceError
+from ocrmem.errors import CheckpointError, ConfigError, SpliceError
 from ocrmem.evaluation.run import _untrained
+from ocrmem.model import reader as reader_module
+from ocrmem.model.adapter import load_projection
 from ocrmem.model.mem_model import MEMModel
-from ocrmem.model.projection import Projection, VocabularyReader
+from ocrmem.model.projection import Projection, compile_projection
+from ocrmem.model.reader import VocabularyReader
 from ocrmem.training.objectives import covered_embeddings
 
 
-def test_a_piece_gets_the_embedding_that_it_is_read_as():
+def random_reader(read_tokens: int = 2, *, sharp: bool = False) -> VocabularyReader:
     torch.manual_seed(0)
     table_CD = torch.randn(11, 8) * 0.1
-    reader = VocabularyReader(table_CD)
+    reader = VocabularyReader(table_CD, embedding_rms=0.1, read_tokens=read_tokens)
     with torch.no_grad():
-        reader.log_scale.fill_(8.0)  # so sharp that one token has it all
-    pieces_PVD = 3 * table_CD[torch.tensor([[2, 7, 2]])]
-    read_PVD, nothing = reader(pieces_PVD)
-    expected = F.rms_norm(table_CD[torch.tensor([[2, 7, 2]])], (8,), eps=1e-6)
-    torch.testing.assert_close(read_PVD - pieces_PVD, expected, rtol=1e-3, atol=1e-3)
+        for reading in reader.readings:
+            torch.nn.init.normal_(reading.none_D)
+            if sharp:
+                reading.log_scale.fill_(8.0)
+    return reader
+
+
+def test_a_piece_gets_the_embedding_that_it_is_read_as():
+    reader = random_reader(1, sharp=True)
+    reader.readings[0].none_D.data.zero_()
+    wanted_PVD = reader.embeddings_CD[torch.tensor([[2, 7, 2]])]
+    read_PVD, nothing = reader(3 * wanted_PVD)
+    torch.testing.assert_close(read_PVD - 3 * wanted_PVD, wanted_PVD / 0.1, rtol=1e-3, atol=1e-3)
     assert nothing is None
 
 
-def test_the_cross_entropy_is_that_of_the_covered_tokens():
-    torch.manual_seed(0)
-    table_CD = torch.randn(11, 8)
-    reader = VocabularyReader(table_CD)
+def test_a_piece_that_is_read_as_none_stays():
+    reader = random_reader(1, sharp=True)
     pieces_PVD = torch.randn(1, 3, 8)
-    ids_PVT = torch.tensor([[[4, -1], [-1, -1], [0, 9]]])
-    _, loss = reader(pieces_PVD, ids_PVT)
-    cosines_VC = F.cosine_similarity(pieces_PVD[0, :, None], table_CD[None], dim=-1)
-    shares_VC = torch.log_softmax(20 * cosines_VC, dim=-1)
-    expected = -(shares_VC[0, 4] + (shares_VC[2, 0] + shares_VC[2, 9]) / 2) / 2
-    torch.testing.assert_close(loss, expected)
-    none = reader(pieces_PVD, torch.full((1, 3, 2), -1))[1]
-    assert none.item() == 0
+    with torch.no_grad():
+        reader.readings[0].none_D.copy_(9 * F.normalize(pieces_PVD[0, 1], dim=-1))
+    read_PVD, _ = reader(pieces_PVD)
+    torch.testing.assert_close(read_PVD[0, 1], pieces_PVD[0, 1])
+    assert (read_PVD[0, 0] - pieces_PVD[0, 0]).norm() > 0.1
+
+
+def test_the_loss_is_the_cross_entropy_of_each_reading_of_the_pieces_in_use():
+    reader = random_reader(2)
+    pieces_PVD = torch.randn(2, 3, 8)
+    ids_PVT = torch.tensor([[[4, -1, -1], [-1, -1, -1], [0, 9, 3]], [[5, 6, -1], [1, 1, 1], [2, -1, -1]]])
+    _, loss = reader(pieces_PVD, torch.tensor([3, 1]), ids_PVT)
+    expected = 0.0
+    for page, piece in ((0, 0), (0, 1), (0, 2), (1, 0)):
+        for number, reading in enumerate(reader.readings):
+            query_D = 20 * F.normalize(pieces_PVD[page, piece], dim=-1)
+            logits = torch.cat([F.normalize(reader.embeddings_CD, dim=-1) @ query_D, (query_D @ reading.none_D)[None]])
+            target = int(ids_PVT[page, piece, number])
+            expected += F.cross_entropy(logits, torch.tensor(11 if target < 0 else target))
+    torch.testing.assert_close(loss, expected / 4)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_parts_give_what_the_whole_gives(given, monkeypatch):
+    reader = random_reader()
+    pieces_PVD = torch.randn(3, 5, 8)
+    ids_PVT = torch.randint(-1, 11, (3, 5, 2)) if given else None
+    whole = reader(pieces_PVD, None, ids_PVT)
+    monkeypatch.setattr(reader_module, "CHUNK", 4)
+    with torch.no_grad():
+        parts = reader(pieces_PVD, None, ids_PVT)
+    torch.testing.assert_close(parts[0], whole[0].detach())
+    assert given is (parts[1] is not None)
+    if given:
+        torch.testing.assert_close(parts[1], whole[1].detach())
 
 
 def test_every_parameter_learns_and_the_table_stays(tmp_path):
-    model = tiny_model(kind="attention", vocabulary=True)
+    model = tiny_model(kind="attention", read_tokens=2)
     table_CD = model.get_input_embeddings().weight
     before = table_CD.clone()
     batch = tiny_batch()
@@ -56,59 +92,100 @@ def test_every_parameter_learns_and_the_table_stays(tmp_path):
     assert torch.equal(model.proj.reader.embeddings_CD, before.float())
     assert set(model._ddp_params_and_buffers_to_ignore) <= set(dict(model.named_buffers()))
     with torch.no_grad():
-        model.proj.reader.log_scale.add_(0.5)
+        model.proj.reader.readings[1].none_D.add_(0.5)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter.safetensors")
-    assert {"reader.query.weight", "reader.value.weight", "reader.log_scale"} <= set(stored)
+    assert {"reader.readings.0.query.weight", "reader.readings.1.none_D"} <= set(stored)
     assert not [name for name in stored if "embeddings" in name]
     loaded = MEMModel.from_pretrained(tmp_path, base_llm_model=model.base_llm_model, ocr_embed=model.ocr_embed)
     torch.testing.assert_close(loaded(**batch).loss, model(**batch).loss)
 
 
-def test_a_warm_start_has_the_reading_in_its_loss():
-    model = tiny_model(kind="attention", vocabulary=True)
+def test_a_batch_with_its_text_has_the_same_loss_and_that_of_reading():
+    model = tiny_model(kind="attention", read_tokens=1)
+    batch = tiny_batch()
+    pages = batch["pages"].shape[0]
+    ids_PVT = torch.randint(-1, 50, (pages, model.ocr_embed.tokens_per_page, 2))
+    features = model.ocr_embed(batch.pop("pages"))
+    with_text = model(**batch, features=features, memory_token_ids=ids_PVT)
+    without = model(**batch, features=features)
+    torch.testing.assert_close(with_text.loss, without.loss)
+    assert without.reading_loss is None
+    assert with_text.reading_loss > 1
+    with pytest.raises(SpliceError, match="`memory_targets` or `memory_token_ids` came without `features`"):
+        model(**batch, memory_token_ids=ids_PVT)
+
+
+def test_a_warm_start_learns_to_read():
+    model = tiny_model(kind="attention", read_tokens=1)
     features_PVE = torch.randn(2, 3, model.ocr_embed.feature_width)
     slots_PVT = torch.tensor([[[5, -1], [6, 7], [-1, -1]], [[8, -1], [5, -1], [9, -1]]])
     targets_PVD = covered_embeddings(slots_PVT, model.get_input_embeddings())
     given = {"input_ids": torch.zeros(1, 1, dtype=torch.int64), "features": features_PVE}
-    given["page_num_tokens"] = torch.tensor([3, 3])
+    given |= {"page_num_tokens": torch.tensor([3, 3]), "memory_targets": targets_PVD, "memory_token_ids": slots_PVT}
     optimizer = torch.optim.Adam(model.proj.parameters(), lr=1e-2)
-
-    def losses():
-        cosine = model(**given, memory_targets=targets_PVD).loss
-        return cosine.item(), model(**given, memory_targets=targets_PVD, memory_token_ids=slots_PVT).loss
-
-    cosine, both = losses()
-    assert both.item() > cosine + 1
+    before = model(**given)
     for _ in range(60):
         optimizer.zero_grad()
-        losses()[1].backward()
+        outputs = model(**given)
+        (outputs.loss + outputs.reading_loss).backward()
         optimizer.step()
-    assert losses()[1].item() < 0.5 * both.item()
-    assert losses()[0] < cosine
+    after = model(**given)
+    assert after.reading_loss < 0.5 * before.reading_loss
+    assert after.loss < before.loss
 
 
-@pytest.mark.parametrize(("vocabulary", "pieces"), [(False, 1), (True, 2)])
-def test_tokens_that_cannot_be_read_are_refused(vocabulary, pieces):
-    settings = ProjectionSettings(kind="attention", num_heads=2, pieces=pieces, vocabulary=vocabulary)
+@pytest.mark.parametrize(
+    ("read_tokens", "shape", "said"),
+    [
+        (0, (1, 6, 1), "a projection with projection.read_tokens=0, which reads none"),
+        (1, (1, 3, 1), r"have the shape \[1, 3, 1\], expected \[1, 6, …\]: those of every piece"),
+    ],
+)
+def test_tokens_that_cannot_be_read_are_refused(read_tokens, shape, said):
+    settings = ProjectionSettings(kind="attention", num_heads=2, pieces=2, read_tokens=read_tokens)
     parts = {"feature_width": 4, "embedding_width": 8, "embedding_rms": 0.1}
     proj = Projection(settings, **parts, embeddings_CD=torch.randn(11, 8))
-    said = f"vocabulary={str(vocabulary).lower()} and features of {pieces} pieces to a memory token"
     with pytest.raises(SpliceError, match=said):
-        proj(torch.randn(1, 3, 4), token_ids_PVT=torch.zeros(1, 3, 1, dtype=torch.int64))
+        proj(torch.randn(1, 3, 4), token_ids_PVT=torch.zeros(shape, dtype=torch.int64))
+
+
+def test_a_projection_that_reads_begins_as_one_that_does_not(tmp_path):
+    plain, reads = tiny_model(kind="attention", seed=3), tiny_model(kind="attention", read_tokens=2)
+    plain.save_pretrained(tmp_path)
+    load_projection(reads, tmp_path, start=True)
+    batch = tiny_batch()
+    torch.testing.assert_close(reads(**batch).loss, plain(**batch).loss)
+    reads(**batch).loss.backward()
+    assert all(reading.value.weight.grad.any() for reading in reads.proj.reader.readings)
+    with pytest.raises(CheckpointError, match="missing reader.readings.0.log_scale; "):
+        load_projection(reads, tmp_path)
+
+
+def test_a_compiled_reading_is_the_same():
+    model = tiny_model(kind="attention", read_tokens=2)
+    features_PVE, used_P = torch.randn(2, 3, model.ocr_embed.feature_width), torch.tensor([3, 2])
+    ids_PVT = torch.randint(-1, 50, (2, 3, 2))
+    memory_PVD, loss = model.proj(features_PVE, used_P, token_ids_PVT=ids_PVT)
+    compile_projection(model.proj, backend="eager")
+    compiled_PVD, compiled_loss = model.proj(features_PVE, used_P, token_ids_PVT=ids_PVT)
+    torch.testing.assert_close(compiled_PVD, memory_PVD)
+    torch.testing.assert_close(compiled_loss, loss)
 
 
 def test_an_untrained_projection_reads_the_same_table():
-    model = tiny_model(kind="attention", vocabulary=True)
+    model = tiny_model(kind="attention", read_tokens=1)
     fresh = _untrained(model, torch.Generator().manual_seed(0))
     assert torch.equal(fresh.reader.embeddings_CD, model.proj.reader.embeddings_CD)
     assert not torch.equal(fresh.linear1.weight, model.proj.linear1.weight)
 
 
 def test_it_needs_attention_and_the_table():
-    with pytest.raises(ConfigError, match="vocabulary=true needs kind 'attention'; kind is 'mlp'"):
-        ProjectionSettings(vocabulary=True)
-    settings = ProjectionSettings(kind="attention", num_heads=2, vocabulary=True)
+    with pytest.raises(ConfigError, match="read_tokens=1 needs kind 'attention'"):
+        ProjectionSettings(read_tokens=1)
+    with pytest.raises(ConfigError, match="read_tokens=-1: expected 0 or more"):
+        ProjectionSettings(kind="attention", read_tokens=-1)
+    settings = ProjectionSettings(kind="attention", num_heads=2, read_tokens=1)
     for table in (None, torch.zeros(0)):  # the second as ZeRO-3 leaves it
-        with pytest.raises(ConfigError, match="needs the LLM's input embeddings in one piece, and got none"):
+        with pytest.raises(ConfigError, match="read_tokens=1 needs the LLM's input embeddings in one piece, and got"):
             Projection(settings, feature_width=4, embedding_width=8, embedding_rms=0.1, embeddings_CD=table)

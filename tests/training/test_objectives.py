@@ -435,7 +435,7 @@ CONFIG = {
     "encoder": {"name": "pp-ocr", "settings": {"steps_per_token": 20}},
     "page": PAGE,
     "memory": {"header": ""},
-    "projection": {"kind": "attention", "num_layers": 1, "pieces": 4, "gain": True, "vocabulary": True},
+    "projection": {"kind": "attention", "num_layers": 1, "pieces": 4, "gain": True, "read_tokens": 2},
     "optimizer": "muon",
     "objectives": {
         "corpora": ["wiki-leads/train.jsonl", "chitchat/train.jsonl"],
@@ -471,7 +471,7 @@ def test_a_run_with_objectives_learns_and_resumes_exactly(tmp_path):
 
     whole = train(config("whole"))
     names = {key for entry in whole.log_history for key in entry}
-    assert {"warm_start", "reconstruction_loss", "distillation", "memory_varies", "wrong_page_loss"} <= names
+    assert {"warm_start", "reading", "reconstruction_loss", "distillation", "memory_varies", "wrong_page_loss"} <= names
     assert {"eval_reconstruction-1_accuracy", "eval_reconstruction-1-pieces-1_loss_wrong_page"} <= names
     assert "eval_recall_loss" in names
     assert "eval_reply_loss" not in names  # the held-out file has no conversation

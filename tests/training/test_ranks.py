@@ -82,7 +82,7 @@ def test_a_run_goes_on_on_two_one_and_two_processes(tmp_path, wrapper):
     """AdamW's state moves with it: the weights are those of an undisturbed run in one process. The projection has all
     that it can have, its reader's table too, which is in no checkpoint."""
     straight, moved = tmp_path / "straight", tmp_path / "moved"
-    common = ("--vocabulary", "--steps", 6, "--batch-size")
+    common = ("--read-tokens", 2, "--steps", 6, "--batch-size")
     assert run(straight, *common, 2, processes=1).returncode == 0
     for steps, processes in ((2, 2), (4, 1), (6, 2)):
         # The schedule of all pieces is that of the whole run, so each but the last is cut short.

@@ -108,7 +108,7 @@ def kill_while_saving(trainer: MEMTrainer, step: int) -> None:
 
 
 def build_trainer(
-    run_dir: Path, *, steps: int, lonely: frozenset[int] = frozenset(), vocabulary: bool = False, **overrides
+    run_dir: Path, *, steps: int, lonely: frozenset[int] = frozenset(), read_tokens: int = 0, **overrides
 ) -> MEMTrainer:
     """The trainer that all tests of this folder use."""
     torch.use_deterministic_algorithms(True)
@@ -128,7 +128,7 @@ def build_trainer(
     }
     set_seed(11)
     return MEMTrainer(
-        tiny_model(kind="attention", vocabulary=vocabulary),
+        tiny_model(kind="attention", read_tokens=read_tokens),
         TrainingArguments(output_dir=str(run_dir), **settings),
         train_dataset=TinyDataset(lonely=lonely),
         eval_dataset=TinyDataset(size=4),
@@ -146,14 +146,14 @@ def main() -> None:
     parser.add_argument("--lonely-rank", type=int)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--wrapper", choices=["none", "fsdp2", "zero2", "zero3"], default="none")
-    parser.add_argument("--vocabulary", action="store_true", help="the projection reads the LLM's vocabulary")
+    parser.add_argument("--read-tokens", type=int, default=0, help="the projection reads so many tokens of a piece")
     parser.add_argument("--sgd", action="store_true", help="plain steps, from whose weights gradients can be told")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--stop-after", type=int)
     parser.add_argument("--kill-rank", type=int, help="only this rank is killed")
     options = parser.parse_args()
     overrides = {"gradient_checkpointing": True} if options.checkpointing else {}
-    overrides["vocabulary"] = options.vocabulary
+    overrides["read_tokens"] = options.read_tokens
     lonely = frozenset()
     if "RANK" in os.environ:
         overrides["ddp_backend"] = "gloo"

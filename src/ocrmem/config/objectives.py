@@ -80,6 +80,9 @@ class ObjectiveSettings:
     """The curriculum, one stage after the other."""
     packed_length: int = 16384
     """Positions of one packed row; a step has `per_device_train_batch_size` of them."""
+    reading_weight: float = 0.2
+    """Weight, in the stages, of the cross entropy of reading the text tokens that begin within each piece, for a
+    projection that reads any (`projection.read_tokens`); in the warm start it is 1."""
     features: Features = "ocr"
     """What the projection reads: pages, or for the trained rivals of an evaluation the text tokens themselves,
     averaged (`mean-pooling`) or side by side (`convolution`: kernel and stride are the tokens of one memory token, or
@@ -96,6 +99,8 @@ class ObjectiveSettings:
             raise ConfigError("objectives need at least one file in `corpora` and one stage in `stages`.")
         if self.features not in FEATURES:
             raise ConfigError(f"objectives.features={self.features!r}: expected one of {', '.join(FEATURES)}.")
+        if self.reading_weight < 0:
+            raise ConfigError(f"objectives.reading_weight={self.reading_weight}: expected 0 or more.")
         if self.packed_length < 512:
             raise ConfigError(f"objectives.packed_length={self.packed_length}: expected 512 or more positions.")
         if self.warm_start_steps < 0 or self.shifts < 0 or self.log_memory_steps < 1:

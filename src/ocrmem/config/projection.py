@@ -32,10 +32,10 @@ class ProjectionSettings:
     gain: bool = False
     """Learn the size of each dimension of the memory tokens, from that of the LLM's embeddings on; otherwise every
     token has the RMS of the LLM's embeddings."""
-    vocabulary: bool = False
-    """Read each piece as a mixture of the LLM's own input embeddings, by a softmax over all of them, and give that to
-    the layers that follow; so that what the embeddings are need not be learnt, but only which of them stands on the
-    page (kind `attention` alone). Costs 4 × vocabulary × embedding width FLOP a piece."""
+    read_tokens: int = 0
+    """Read so many text tokens of each piece, each by a softmax over the LLM's own input embeddings, and give their
+    embeddings to the layers that follow; so that what the embeddings are need not be learnt, but only which of them
+    stand on the page (kind `attention` alone). Costs 4 × vocabulary × embedding width FLOP a piece and token."""
     num_heads: int = 8
     """Heads of each attention layer; must divide the LLM's embedding width (kind `attention` alone)."""
 
@@ -48,10 +48,11 @@ class ProjectionSettings:
             raise ConfigError("projection merge=true needs pieces of 2 or more; pieces is 1.")
         if self.merged_layers and self.kind != "attention":
             raise ConfigError(f"projection merged_layers={self.merged_layers} needs kind 'attention'.")
-        if self.vocabulary and self.kind != "attention":
-            raise ConfigError(f"projection vocabulary=true needs kind 'attention'; kind is {self.kind!r}.")
-        if self.merged_layers < 0:
-            raise ConfigError(f"projection setting merged_layers={self.merged_layers}: expected 0 or more.")
+        if self.read_tokens and self.kind != "attention":
+            raise ConfigError(f"projection read_tokens={self.read_tokens} needs kind 'attention'.")
+        for name in ("merged_layers", "read_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"projection setting {name}={getattr(self, name)}: expected 0 or more.")
         for name in ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "pieces"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -152,14 +152,15 @@ def load_projection(
     folder: Path,
     *,
     put: Callable[[nn.Module, dict[str, torch.Tensor]], None] | None = None,
-    fewer_pieces: bool = False,
+    start: bool = False,
 ) -> None:
     """Load `adapter.safetensors` into `model.proj`, strictly: same names, shapes and types, but that matrices may be
     stored in bfloat16 or int8.
 
     Args:
-        fewer_pieces: take a file of fewer merged pieces too, to start training from it: the matrices of the pieces
-            that it lacks are zeros, so that the projection begins as the one in the file.
+        start: take a file of fewer merged pieces, or one that reads no tokens, too, to start training from it: the
+            matrices of the pieces that it lacks and those that add what is read are zeros, so that the projection
+            begins as the one in the file.
         put: puts checked weights into the projection, where several processes share it; None: `load_state_dict`.
 
     Raises:
@@ -182,10 +183,8 @@ def load_projection(
         key: torch.empty(shapes.get(key, value.shape), dtype=value.dtype, device="meta")
         for key, value in model.proj.state_dict().items()
     }
-    if fewer_pieces and "merge.0.weight" in found:
-        pieces = sum(key.startswith("merge.") for key in found)
-        later = [f"merge.{number}.weight" for number in range(pieces, len(model.proj.merge))]
-        found = {**{key: torch.zeros(wanted[key].shape) for key in later}, **found}
+    if start:
+        found = {**_begun(model.proj, found), **found}
     wrong += [f"missing {key}" for key in wanted.keys() - found.keys()]
     wrong += [f"unexpected {key}" for key in found.keys() - wanted.keys()]
     wrong += [
@@ -202,6 +201,24 @@ def load_projection(
         model.proj.load_state_dict(found)
     else:
         put(model.proj, found)
+
+
+def _begun(proj: nn.Module, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of what a smaller projection's file has none of, so that they change nothing of what it gives."""
+    own, begun = proj.state_dict(), {}
+    if "merge.0.weight" in found:
+        pieces = sum(key.startswith("merge.") for key in found)
+        begun = {key: torch.zeros(v.shape) for key, v in own.items() if _merge_number(key) >= pieces}
+    if not any(key.startswith("reader.") for key in found):
+        for key, value in own.items():
+            if key.startswith("reader."):
+                begun[key] = torch.zeros(value.shape) if ".value." in key else value.detach().cpu().clone()
+    return begun
+
+
+def _merge_number(key: str) -> int:
+    kind, _, rest = key.partition(".")
+    return int(rest.partition(".")[0]) if kind == "merge" else -1
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class MEMOutput(ModelOutput):
     are more than `loss_chunk_size`; without [B, S, vocabulary], or the positions that `logits_to_keep` names."""
     logit_positions: torch.Tensor | None = None
     """int64 [N, 2]: sample and sequence position of each row of `logits`, where labels were given."""
+    reading_loss: torch.Tensor | None = None
+    """Cross entropy of reading `memory_token_ids`, in nats a piece; float32 scalar, no part of `loss`."""
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
@@ -116,7 +118,7 @@ class MEMModel(PreTrainedModel):
             feature_width=ocr_embed.feature_width,
             embedding_width=base_llm_model.config.get_text_config().hidden_size,
             embedding_rms=embedding_rms(base_llm_model),
-            embeddings_CD=weight if config.projection_settings.vocabulary else None,
+            embeddings_CD=weight if config.projection_settings.read_tokens else None,
         ).to(weight.device)
         check_trainable(self, proj=self.proj)
         # What FSDP shards as one: the projection too, whose float32 it cannot mix with the frozen parts.
@@ -188,8 +190,8 @@ class MEMModel(PreTrainedModel):
             num_pages: int64 [B], how many pages each sample has.
             memory_targets: [P, V, D]; do not run the LLM, but give as the loss the mean of 1 - cosine between each
                 memory token and its target, where that is not zero: a warm start for the projection.
-            memory_token_ids: [P, V, T], -1 where there is none; with `memory_targets` and `projection.vocabulary`, the
-                loss has the cross entropy of reading these text tokens too.
+            memory_token_ids: [P, V × pieces, T], the text tokens that begin within each piece, then -1; with
+                `projection.read_tokens`, for `reading_loss`.
             position_ids: int64 [B, S]; in a packed row they start anew with every sample. None: `positions` gives them;
                 with `past_key_values` that hold something, give them where a memory token takes several.
             cu_seq_lens_q: int32 [samples + 1], where the samples of one packed row (B = 1) begin, and S at the end;
@@ -216,13 +218,14 @@ class MEMModel(PreTrainedModel):
         Raises:
             SpliceError: placeholders and memory tokens of a sample differ in number, or arguments are missing.
         """
+        if (memory_targets is not None or memory_token_ids is not None) and features is None:
+            raise SpliceError("`memory_targets` or `memory_token_ids` came without `features`; give both.")
+        memory_PVD, reading_loss = None, None
+        if memory_token_ids is not None:
+            memory_PVD, reading_loss = self.proj(features, page_num_tokens, token_ids_PVT=memory_token_ids)
         if memory_targets is not None:
-            if features is None:
-                raise SpliceError("`memory_targets` came without `features`; give both.")
-            if memory_token_ids is None:
-                return MEMOutput(loss=target_loss(self.proj(features, page_num_tokens), memory_targets))
-            memory, reading_loss = self.proj(features, page_num_tokens, token_ids_PVT=memory_token_ids)
-            return MEMOutput(loss=target_loss(memory, memory_targets) + reading_loss)
+            memory_PVD = self.proj(features, page_num_tokens) if memory_PVD is None else memory_PVD
+            return MEMOutput(loss=target_loss(memory_PVD, memory_targets), reading_loss=reading_loss)
         embeds_BSD = self.embed(
             input_ids,
             pages=pages,
@@ -231,6 +234,7 @@ class MEMModel(PreTrainedModel):
             num_pages=num_pages,
             placeholder_index=placeholder_index,
             memory_index=memory_index,
+            memory=memory_PVD,
         )
         if attention_mask is not None and past_key_values is None:
             if pads_only_after(attention_mask):
@@ -285,6 +289,7 @@ class MEMModel(PreTrainedModel):
             loss=loss,
             logits=logits,
             logit_positions=logit_positions,
+            reading_loss=reading_loss,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -337,8 +342,10 @@ class MEMModel(PreTrainedModel):
         num_pages: torch.Tensor | None = None,
         placeholder_index: torch.Tensor | None = None,
         memory_index: torch.Tensor | None = None,
+        memory: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`input_ids` to embeddings [B, S, D] with the memory spliced in; arguments as in `forward`."""
+        """`input_ids` to embeddings [B, S, D] with the memory spliced in; arguments as in `forward`, and `memory`
+        [P, V, D] where the features are projected already."""
         placeholders_BS = input_ids == self.config.memory_token_id
         embeds_BSD = self.base_llm_model.get_input_embeddings()(input_ids)
         if pages is not None and features is None and pages.shape[0] > 0:
@@ -356,11 +363,12 @@ class MEMModel(PreTrainedModel):
             raise SpliceError(
                 "`pages` or `features` came without `page_num_tokens` [P] and `num_pages` [B]; give both."
             )
-        if placeholder_index is not None and memory_index is not None:
-            memory_PVD = self.proj(features, page_num_tokens)
+        indexed = placeholder_index is not None and memory_index is not None
+        if not indexed:
+            check_counts(placeholders_BS, page_num_tokens, num_pages)
+        memory_PVD = self.proj(features, page_num_tokens) if memory is None else memory
+        if indexed:
             return splice_at(embeds_BSD, placeholder_index, memory_PVD, memory_index)
-        check_counts(placeholders_BS, page_num_tokens, num_pages)
-        memory_PVD = self.proj(features, page_num_tokens)
         return splice(embeds_BSD, placeholders_BS, memory_PVD, page_num_tokens)
 
     def positions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """The projection: the only part that learns.
 
 ```
-features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬──────────────────────┬─▶ merge ─┬──────────────────────┬─▶
-                                                       └─▶ attention over them ┘          └─▶ attention over them ┘
-             ─▶ RMS of text ─▶ memory_PVD
+features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬──────────────────────┬─┬──────────────────────────┬─▶
+                                                       └─▶ attention over them ┘ └─▶ read as the LLM's tokens ┘
+             ─▶ merge ─┬──────────────────────┬─▶ RMS of text ─▶ memory_PVD
+                       └─▶ attention over them ┘
 ```
 
 With `merge`, a memory token is the sum of its pieces, each through a matrix of its own: the last starts as it is and
@@ -16,7 +17,6 @@ tokens enter the frozen LLM at the scale of text.
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,9 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError, SpliceError
+from ocrmem.model.reader import VocabularyReader
 
-READING_SCALE = 20.0
-"""By what `VocabularyReader` multiplies cosines before its softmax, at the start; learnt for each dimension."""
 ROTARY_BASE = 100.0
 """Base of the rotary angles (Su et al. 2021, who have 10,000): what is read together is a few tokens apart."""
 
@@ -52,7 +51,7 @@ class Projection(nn.Module):
         feature_width: E.
         embedding_width: D.
         embedding_rms: root mean square of the LLM's input embeddings, to which every output token is scaled.
-        embeddings_CD: the LLM's input embeddings, for `settings.vocabulary` alone.
+        embeddings_CD: the LLM's input embeddings, for `settings.read_tokens` alone.
     """
 
     embedding_rms: torch.Tensor
@@ -88,13 +87,14 @@ class Projection(nn.Module):
                 mlp_ratio=settings.mlp_ratio,
             )
         self.reader: VocabularyReader | None = None
-        if settings.vocabulary:
+        if settings.read_tokens:
             if embeddings_CD is None or not embeddings_CD.numel():
                 raise ConfigError(
-                    "projection.vocabulary=true needs the LLM's input embeddings in one piece, and got none. Where "
-                    "DeepSpeed's ZeRO-3 shares out weights while they are loaded, load the LLM without it."
+                    f"projection.read_tokens={settings.read_tokens} needs the LLM's input embeddings in one piece, and "
+                    "got none. Where DeepSpeed's ZeRO-3 shares out weights while they are loaded, load the LLM "
+                    "without it."
                 )
-            self.reader = VocabularyReader(embeddings_CD)
+            self.reader = VocabularyReader(embeddings_CD, embedding_rms=embedding_rms, read_tokens=settings.read_tokens)
         matrices = [
             nn.Linear(embedding_width, embedding_width, bias=False, dtype=torch.float32)
             for _ in range(settings.pieces if settings.merge else 0)
@@ -126,24 +126,21 @@ class Projection(nn.Module):
             features_PVE: the encoder's features, any floating type. E may be any number of pieces: `pieces` as the
                 settings say, or fewer for less compression.
             page_num_tokens_P: tokens in use on each page; attention does not look beyond them. None: all V.
-            token_ids_PVT: text tokens under each memory token of one piece, -1 where there is none; for
-                `settings.vocabulary` alone.
+            token_ids_PVT: [P, V × pieces, T], the text tokens that begin within each piece, in order, then -1; for
+                `settings.read_tokens` alone.
 
         Returns:
             memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms` times its gain; with
             `token_ids_PVT` the pair of it and the cross entropy of reading them, in nats.
 
         Raises:
-            SpliceError: more pieces to a memory token than the projection has; `token_ids_PVT` where they cannot be
-                read.
+            SpliceError: more pieces to a memory token than the projection has; `token_ids_PVT` where none are read, or
+                of another number of pieces.
         """
         pages, tokens, width = features_PVE.shape
         pieces = width // self.piece_width
-        if token_ids_PVT is not None and (self.reader is None or pieces != 1):
-            raise SpliceError(
-                f"text tokens to read came to a projection with projection.vocabulary={str(bool(self.reader)).lower()} "
-                f"and features of {pieces} pieces to a memory token; expected true, and one piece."
-            )
+        if token_ids_PVT is not None:
+            self._check_token_ids(token_ids_PVT, pages, tokens * pieces)
         used_P = None if page_num_tokens_P is None else page_num_tokens_P * pieces
         cut = features_PVE.to(self.compute_dtype or torch.float32).reshape(pages, tokens * pieces, self.piece_width)
         lower = self.compute_dtype is not None
@@ -153,13 +150,25 @@ class Projection(nn.Module):
                 memory_PVD = self.attention(memory_PVD, used_P)
             reading_loss = None
             if self.reader is not None:
-                memory_PVD, reading_loss = self.reader(memory_PVD, token_ids_PVT)
+                memory_PVD, reading_loss = self.reader(memory_PVD, used_P, token_ids_PVT)
             memory_PVD = self._merged(memory_PVD, pieces)
             if self.merged is not None:
                 memory_PVD = self.merged(memory_PVD, page_num_tokens_P)
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
         memory_PVD = normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
         return memory_PVD if token_ids_PVT is None else (memory_PVD, reading_loss)
+
+    def _check_token_ids(self, token_ids_PVT: torch.Tensor, pages: int, pieces: int) -> None:
+        if self.reader is None:
+            raise SpliceError(
+                "text tokens to read came to a projection with projection.read_tokens=0, which reads none; leave them "
+                "out, or make one that reads."
+            )
+        if token_ids_PVT.shape[:2] != (pages, pieces):
+            raise SpliceError(
+                f"text tokens to read have the shape {list(token_ids_PVT.shape)}, expected [{pages}, {pieces}, …]: "
+                "those of every piece of every memory token."
+            )
 
     def _merged(self, pieces_PVD: torch.Tensor, pieces: int) -> torch.Tensor:
         """Every `pieces` neighbours as one, by `ProjectionSettings.merge`; the first matrix is the last piece's."""
@@ -182,45 +191,6 @@ class Projection(nn.Module):
             return tensor.to(device=moved.device, dtype=torch.float32)
 
         return super()._apply(keep_float32, recurse)
-
-
-class VocabularyReader(nn.Module):
-    """Adds to each piece the mixture of the LLM's input embeddings that it is read as.
-
-    Args:
-        embeddings_CD: the table, frozen; kept in float32, and no part of an adapter.
-    """
-
-    embeddings_CD: torch.Tensor
-
-    def __init__(self, embeddings_CD: torch.Tensor) -> None:
-        super().__init__()
-        width = embeddings_CD.shape[1]
-        self.query, self.value = (nn.Linear(width, width, bias=False, dtype=torch.float32) for _ in range(2))
-        for matrix in (self.query, self.value):
-            nn.init.eye_(matrix.weight)
-        # For each dimension, since neither FSDP2 nor ZeRO-3 shares out a single number.
-        self.log_scale = nn.Parameter(torch.full((width,), math.log(READING_SCALE), dtype=torch.float32))
-        table = embeddings_CD.detach().to(torch.float32, copy=True)
-        self.register_buffer("embeddings_CD", table, persistent=False)
-
-    def forward(
-        self, pieces_PVD: torch.Tensor, token_ids_PVT: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """pieces_PVD in and out, and the cross entropy of `token_ids_PVT`, of those that are not -1: mean over the
-        pieces that have any, each the mean over its tokens."""
-        directions_CD = F.normalize(self.embeddings_CD, dim=-1)
-        queries_PVD = F.normalize(self.query(pieces_PVD), dim=-1) * self.log_scale.exp()
-        logits_PVC = (queries_PVD @ directions_CD.T).float()
-        mixture_PVD = logits_PVC.softmax(dim=-1) @ self.embeddings_CD
-        read_PVD = pieces_PVD + self.value(F.rms_norm(mixture_PVD.float(), mixture_PVD.shape[-1:], eps=1e-6))
-        if token_ids_PVT is None:
-            return read_PVD, None
-        given_PVT = token_ids_PVT >= 0
-        logits_PVT = logits_PVC.gather(-1, token_ids_PVT.clamp(min=0).long())
-        right_PVT = (logits_PVT - logits_PVC.logsumexp(dim=-1, keepdim=True)) * given_PVT
-        loss_PV = -right_PVT.sum(dim=-1) / given_PVT.sum(dim=-1).clamp(min=1)
-        return read_PVD, loss_PV.sum() / given_PVT.any(dim=-1).sum().clamp(min=1)
 
 
 class PageAttention(nn.Module):
@@ -277,21 +247,27 @@ class PageAttentionLayer(nn.Module):
 
 
 def compile_projection(proj: Projection, **options: Any) -> None:
-    """Compile each attention layer's forward with a gradient, which is run for every number of pages and of tokens; as
-    one graph for all of them. Without a gradient they run as they are: that is rare while training.
+    """Compile the forward of each attention layer, and of the reading, with a gradient, which is run for every number
+    of pages and of tokens; as one graph for all of them. Without a gradient they run as they are: that is rare while
+    training.
 
     Args:
         options: of `torch.compile`.
     """
-    plain = PageAttentionLayer.forward
+    for kind in (PageAttentionLayer, VocabularyReader):
+        _compile_all(proj, kind, options)
+
+
+def _compile_all(proj: Projection, kind: type[nn.Module], options: dict[str, Any]) -> None:
+    plain = kind.forward
     compiled = torch.compile(plain, dynamic=True, **options)
 
-    def forward(layer: PageAttentionLayer, *arguments: Any) -> torch.Tensor:
-        return (compiled if torch.is_grad_enabled() else plain)(layer, *arguments)
+    def forward(module: nn.Module, *arguments: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else plain)(module, *arguments)
 
-    for layer in proj.modules():
-        if isinstance(layer, PageAttentionLayer):
-            layer.forward = types.MethodType(forward, layer)  # a method, so that a copy's is the copy's own
+    for module in proj.modules():
+        if isinstance(module, kind):
+            module.forward = types.MethodType(forward, module)  # a method, so that a copy's is the copy's own
 
 
 def rotary(positions_V: torch.Tensor, width: int) -> torch.Tensor:

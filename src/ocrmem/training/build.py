@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 def build_model(config: TrainConfig, *, rival: Features | None = None) -> tuple[MEMModel, MEMProcessor]:
     """Load the frozen parts, make the projection (fresh, or that of `config.adapter`, which may have fewer merged
-    pieces), and the processor.
+    pieces or read no tokens), and the processor.
 
     Seed torch before the call where a fresh projection must be reproducible.
 
@@ -67,7 +67,7 @@ def build_model(config: TrainConfig, *, rival: Features | None = None) -> tuple[
     )
     model = MEMModel(mem_config, base_llm_model=llm, ocr_embed=encoder, llm_name=config.llm.name, llm_revision=revision)
     if config.adapter is not None:
-        load_projection(model, Path(config.adapter), fewer_pieces=True)
+        load_projection(model, Path(config.adapter), start=True)
     return model, MEMProcessor.from_model(model, tokenizer=tokenizer)
 
 

@@ -74,6 +74,7 @@ def build_objective_trainer(
         rows_per_step=arguments.world_size * arguments.gradient_accumulation_steps,
         pad_token_id=processor.pad_token_id,
         position_stride=config.memory.position_stride,
+        reading_bank=train_bank if model.proj.reader is not None else None,
     )
     embedding = model.get_input_embeddings()
 

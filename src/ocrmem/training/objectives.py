@@ -192,8 +192,9 @@ class ObjectiveTrainer(MEMTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Warm start: cosine distance to the covered text's mean embedding, and with `projection.vocabulary` the cross
-        entropy of reading it. Else cross entropy, and the KL divergence from the teacher at its weight."""
+        """Warm start: cosine distance to the covered text's mean embedding. Else cross entropy, and the KL divergence
+        from the teacher at its weight. With `projection.read_tokens`, the cross entropy of reading the pieces: at
+        `objectives.reading_weight`, in the warm start whole."""
         if self.settings.compile and not self._compiled:
             compile_layers(self.model.base_llm_model)
             dtype = self.model.base_llm_model.dtype
@@ -204,24 +205,28 @@ class ObjectiveTrainer(MEMTrainer):
             self._compiled = True
         if inputs.get("warm_start"):
             inputs["memory_targets"] = covered_embeddings(inputs["slots"], self.model.get_input_embeddings())
-            if self.model.proj.reader is not None and inputs["pieces"] == 1:
-                inputs["memory_token_ids"] = inputs["slots"]
-            loss = model(**{key: inputs[key] for key in FORWARD_KEYS if key in inputs}).loss
-            self._note("warm_start", loss)
+            outputs = model(**{key: inputs[key] for key in FORWARD_KEYS if key in inputs})
+            self._note("warm_start", outputs.loss)
             self._note_memory(inputs)
-            return loss
+            return self._with_reading(outputs, 1.0)
         self._labels += inputs["task_of_label"].numel()
         weight = inputs.get("distillation", 0.0)
         teacher_NC = teacher_logits(self.model, inputs) if weight and "teacher_input_ids" in inputs else None
         self._note_memory(inputs)
         outputs = model(**{key: inputs[key] for key in FORWARD_KEYS if key in inputs}, use_cache=False)
-        loss = outputs.loss
+        loss = self._with_reading(outputs, self.settings.reading_weight)
         self._note_tasks(outputs, inputs)
         if teacher_NC is not None:
             divergence = distillation_loss(outputs.logits[inputs["distilled_index"]], teacher_NC)
             self._note("distillation", divergence)
             loss = loss + weight * divergence
         return (loss, outputs) if return_outputs else loss
+
+    def _with_reading(self, outputs: Any, weight: float) -> torch.Tensor:
+        if outputs.reading_loss is None:
+            return outputs.loss
+        self._note("reading", outputs.reading_loss)
+        return outputs.loss + weight * outputs.reading_loss
 
     @torch.no_grad()
     def _note_tasks(self, outputs: Any, inputs: dict[str, Any]) -> None:
@@ -242,7 +247,7 @@ class ObjectiveTrainer(MEMTrainer):
             return
         features, counts = inputs["features"], inputs["page_num_tokens"]
         self._note("memory_varies", varying_share(self.model.proj(features, counts), counts))
-        arguments = {key: inputs[key] for key in FORWARD_KEYS if key in inputs}
+        arguments = {key: inputs[key] for key in FORWARD_KEYS if key in inputs and key != "memory_token_ids"}
         arguments["features"] = features.roll(1, dims=0)
         self._note("wrong_page_loss", self.model(**arguments, use_cache=False).loss)
 

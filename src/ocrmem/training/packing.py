@@ -40,6 +40,7 @@ class PackedRows(Dataset[dict[str, Any]]):
         samplers: by pieces to a memory token; the largest number is that of a stage which names none.
         rows_per_step: rows that one optimizer step takes over all processes; it tells the step, and so the stage.
         position_stride: positions of a memory token of the last stage; one of fewer pieces takes its share of them.
+        reading_bank: one piece to a memory token, where the projection learns to read each piece; None: it does not.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class PackedRows(Dataset[dict[str, Any]]):
         rows_per_step: int,
         pad_token_id: int,
         position_stride: int = 1,
+        reading_bank: Bank | None = None,
     ) -> None:
         self.samplers, self.settings, self.seed = samplers, settings, seed
+        self.reading_bank = reading_bank
         self.position_stride = position_stride
         self.rows_per_step, self.pad_token_id = rows_per_step, pad_token_id
         self.whole = max(samplers)
@@ -104,6 +107,7 @@ class PackedRows(Dataset[dict[str, Any]]):
             features=self.settings.features,
             pieces=pieces if self.whole > 1 else None,
             slots=True,
+            reading_bank=self.reading_bank,
         )
         return {**batch, "input_ids": torch.zeros(1, 1, dtype=torch.int64), "pieces": pieces, "warm_start": True}
 
@@ -125,6 +129,7 @@ class PackedRows(Dataset[dict[str, Any]]):
             pieces=pieces if self.whole > 1 else None,
             shares=shares,
             position_stride=max(1, self.position_stride * pieces // self.whole),
+            reading_bank=self.reading_bank,
         )
         batch["pieces"] = pieces
         return batch
@@ -169,6 +174,7 @@ def pack(
     pieces: int | None = None,
     shares: Mapping[str, float] | None = None,
     position_stride: int = 1,
+    reading_bank: Bank | None = None,
 ) -> dict[str, Any]:
     """One packed row.
 
@@ -177,6 +183,7 @@ def pack(
         pieces: to a memory token of the bank, for `rival_slots`.
         shares: of the loss by task; None: every label weighs the same.
         position_stride: positions that a memory token takes.
+        reading_bank: for `memory_part`.
 
     Returns:
         `input_ids`, `labels`, `position_ids` int64 [1, length]; `cu_seq_lens_q` int32; `max_length_q`;
@@ -195,7 +202,8 @@ def pack(
         memory_token_id=memory_token_id,
         position_stride=position_stride,
     )
-    memory = memory_part([sample.units for sample in samples], bank, features=features, pieces=pieces)
+    units = [sample.units for sample in samples]
+    memory = memory_part(units, bank, features=features, pieces=pieces, reading_bank=reading_bank)
     tokens, width = memory["page_num_tokens"].tolist(), memory["units"].shape[1]
     tasks_N = np.concatenate([np.full(int(s.labelled_T[1:].sum()), TASKS.index(s.task)) for s in samples])  # pyright: ignore
     batch: dict[str, Any] = {
@@ -220,7 +228,13 @@ def pack(
 
 
 def memory_part(
-    runs: Sequence[Sequence[int]], bank: Bank, *, features: Features, pieces: int | None, slots: bool = False
+    runs: Sequence[Sequence[int]],
+    bank: Bank,
+    *,
+    features: Features,
+    pieces: int | None,
+    slots: bool = False,
+    reading_bank: Bank | None = None,
 ) -> dict[str, torch.Tensor]:
     """What a row says of its memory.
 
@@ -228,11 +242,12 @@ def memory_part(
         runs: the bank's units of each sample.
         pieces: to a memory token of the bank, for `rival_slots`.
         slots: give `slots` although the features are those of pages.
+        reading_bank: the same units with one piece to a memory token, for `memory_token_ids`; None: leave them out.
 
     Returns:
         `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has
         none; for a rival `slots` int32 [P, V, tokens] as `rival_slots` gives them, and where asked for, those under the
-        memory tokens' pixels.
+        memory tokens' pixels; `memory_token_ids` int32 [P, V × pieces, tokens], those under each piece's.
     """
     size = bank.units_per_page
     pages = [list(units[begin : begin + size]) for units in runs for begin in range(0, len(units), size)]
@@ -247,6 +262,8 @@ def memory_part(
         batch["slots"] = torch.from_numpy(rival_slots(bank, units_PU, features, pieces=pieces))
     elif slots:
         batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=False))
+    if reading_bank is not None:
+        batch["memory_token_ids"] = torch.from_numpy(token_slots(reading_bank, units_PU, evenly=False))
     return batch
 
 
