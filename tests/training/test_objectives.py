@@ -250,6 +250,60 @@ def test_rows_are_decided_by_their_number(bank, frame):
     assert int(row["page_num_tokens"].sum()) == int((row["input_ids"] == memory_id(frame)).sum())
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+def test_rows_say_which_tokens_begin_within_each_piece(bank, frame, pieces):
+    by_pieces = {n: TaskSampler(bank.joined(n), frame, memory_token_id=memory_id(frame)) for n in {pieces, 4}}
+    stage = Stage(steps=1, max_units=2, pieces=pieces)
+    settings = ObjectiveSettings(corpora=("x",), packed_length=1024, warm_start_steps=1, stages=(stage,))
+    rows = PackedRows(by_pieces, settings, seed=0, rows_per_step=1, pad_token_id=0, reading_bank=bank)
+    for row in (rows[0], rows[1]):
+        ids_PVT = row["memory_token_ids"]
+        pages, per_page = row["units"].shape
+        assert ids_PVT.shape[:2] == (pages, per_page * bank.tokens_per_unit)
+        for page, page_units in enumerate(row["units"].tolist()):
+            for place, unit in enumerate(page_units):
+                found = ids_PVT[page, place * bank.tokens_per_unit : (place + 1) * bank.tokens_per_unit]
+                wanted: list[int] = []
+                if unit >= 0:
+                    (document,) = documents_of(bank, [unit])
+                    begin, end = bank.token_range(document, bank.unit_start_U[unit], bank.unit_end_U[unit])
+                    wanted = bank.token_ids_T[begin:end].tolist()
+                    starts = bank.token_starts_T[begin:end]
+                    for number, piece in enumerate(found[: bank.unit_tokens_U[unit]]):
+                        left = bank.slot_chars_UV[unit, number]
+                        following = bank.slot_chars_UV[unit, number + 1 :]
+                        right = following[0] if len(following) else bank.unit_end_U[unit]
+                        inside = [t for t, s in zip(wanted, starts, strict=True) if left <= s < right]
+                        assert piece[piece >= 0].tolist() == inside[: ids_PVT.shape[2]] or number == 0
+                assert found[found >= 0].tolist() == wanted
+    without = PackedRows(by_pieces, settings, seed=0, rows_per_step=1, pad_token_id=0)
+    assert "memory_token_ids" not in without[0]
+    assert "memory_token_ids" not in without[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_warm_start_takes_its_share_from_the_lexicon(bank, frame, share):
+    shuffled = [dataclasses.replace(document, shuffled=number == 1) for number, document in enumerate(bank.documents)]
+    sampler = TaskSampler(
+        dataclasses.replace(bank, documents=shuffled).joined(4), frame, memory_token_id=memory_id(frame)
+    )
+    settings = ObjectiveSettings(
+        corpora=("x",),
+        lexicon=0.1,
+        warm_start_lexicon=share,
+        warm_start_steps=1,
+        packed_length=4096,
+        stages=(Stage(steps=1, max_units=1),),
+    )
+    rows = PackedRows({4: sampler}, settings, seed=0, rows_per_step=1, pad_token_id=0)
+    units = rows[0]["units"]
+    found = np.mean(np.array(documents_of(bank, units[units >= 0].tolist())) == 1)
+    of_all = bank.num_units_K[1] / bank.num_units_K.sum()
+    assert found == pytest.approx(share + (1 - share) * of_all, abs=0.15)
+    with pytest.raises(ConfigError, match="warm_start_lexicon=0.5 with lexicon=0.0: expected a share from 0 to 1"):
+        dataclasses.replace(settings, warm_start_lexicon=0.5, lexicon=0.0)
+
+
 def test_a_warm_start_without_text_long_enough_is_refused(bank, frame):
     settings = ObjectiveSettings(
         corpora=("x",), warm_start_steps=1, stages=(Stage(steps=1, min_units=500, max_units=500),)

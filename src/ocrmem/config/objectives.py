@@ -76,6 +76,12 @@ class ObjectiveSettings:
     warm_start_steps: int = 300
     """Steps, before the first stage, that bring each memory token near the mean embedding of the text tokens that it
     covers; the LLM does not run."""
+    warm_start_weight: float = 1.0
+    """Weight of the distance to those embeddings. 0, for a run that goes on from an adapter: learn to read
+    (`projection.read_tokens`) alone."""
+    warm_start_lexicon: float = 0.0
+    """Share of the warm start's text, from 0 to 1, that is the `lexicon`, beside that which it has of all text: so that
+    rare tokens are met as often as common ones while no LLM runs."""
     stages: tuple[Stage, ...]
     """The curriculum, one stage after the other."""
     packed_length: int = 16384
@@ -99,8 +105,14 @@ class ObjectiveSettings:
             raise ConfigError("objectives need at least one file in `corpora` and one stage in `stages`.")
         if self.features not in FEATURES:
             raise ConfigError(f"objectives.features={self.features!r}: expected one of {', '.join(FEATURES)}.")
-        if self.reading_weight < 0:
-            raise ConfigError(f"objectives.reading_weight={self.reading_weight}: expected 0 or more.")
+        for name in ("reading_weight", "warm_start_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"objectives.{name}={getattr(self, name)}: expected 0 or more.")
+        if not 0 <= self.warm_start_lexicon <= 1 or (self.warm_start_lexicon and not self.lexicon):
+            raise ConfigError(
+                f"objectives.warm_start_lexicon={self.warm_start_lexicon} with lexicon={self.lexicon}: expected a "
+                "share from 0 to 1, and a lexicon above 0 to take it from."
+            )
         if self.packed_length < 512:
             raise ConfigError(f"objectives.packed_length={self.packed_length}: expected 512 or more positions.")
         if self.warm_start_steps < 0 or self.shifts < 0 or self.log_memory_steps < 1:

@@ -192,9 +192,9 @@ class ObjectiveTrainer(MEMTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Warm start: cosine distance to the covered text's mean embedding. Else cross entropy, and the KL divergence
-        from the teacher at its weight. With `projection.read_tokens`, the cross entropy of reading the pieces: at
-        `objectives.reading_weight`, in the warm start whole."""
+        """Warm start: cosine distance to the covered text's mean embedding, at its weight. Else cross entropy, and the
+        KL divergence from the teacher at its weight. With `projection.read_tokens`, the cross entropy of reading the
+        pieces: at `objectives.reading_weight`, in the warm start whole."""
         if self.settings.compile and not self._compiled:
             compile_layers(self.model.base_llm_model)
             dtype = self.model.base_llm_model.dtype
@@ -208,6 +208,7 @@ class ObjectiveTrainer(MEMTrainer):
             outputs = model(**{key: inputs[key] for key in FORWARD_KEYS if key in inputs})
             self._note("warm_start", outputs.loss)
             self._note_memory(inputs)
+            outputs.loss = self.settings.warm_start_weight * outputs.loss
             return self._with_reading(outputs, 1.0)
         self._labels += inputs["task_of_label"].numel()
         weight = inputs.get("distillation", 0.0)

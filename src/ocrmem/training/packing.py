@@ -96,8 +96,9 @@ class PackedRows(Dataset[dict[str, Any]]):
                 f"no document of the corpora has {stage.min_units} units, the min_units of the first stage, which the "
                 "warm start uses too. Lower it, or give longer documents."
             )
+        lexicon = self.settings.warm_start_lexicon
         while total < self.settings.packed_length:
-            found = sampler.run(rng, stage)
+            found = sampler.run(rng, stage, pool="shuffled" if lexicon and rng.random() < lexicon else "all")
             if found is not None:
                 runs.append(sampler.units(*found))
                 total += int(sampler.bank.unit_tokens_U[runs[-1]].sum())

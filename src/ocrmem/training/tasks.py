@@ -159,6 +159,7 @@ class TaskSampler:
         self._pools = {
             "all": _cumulated(weights),
             "ordered": _cumulated(weights * ~shuffled),
+            "shuffled": _cumulated(weights * shuffled),
             "prose": _cumulated(weights * ~is_conversation * ~shuffled),
         }
         self._cuts = [(k, cut) for (k, cut) in bank.tails if clean[k] and self._replies(k, cut)]
@@ -194,7 +195,7 @@ class TaskSampler:
         """A document and a run of its units: (document, first, one past the last).
 
         Args:
-            pool: `all` documents, those `ordered` (not shuffled), or `prose`.
+            pool: `all` documents, those `ordered` (not shuffled), those `shuffled`, or `prose`.
         """
         cumulated = self._pools[pool]
         if cumulated is None:
