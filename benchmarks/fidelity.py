@@ -37,11 +37,12 @@ RIVALS = ("mean-pooling", "convolution")
 COMPARED = {"memory": "ocr", **{kind: kind for kind in RIVALS}}
 """Short runs of each ratio by name, with what their projection reads."""
 ABLATIONS: dict[str, tuple[str, ...]] = {
-    "no-lexicon": ("objectives.lexicon=0",),
+    "no-lexicon": ("objectives.lexicon=0", "objectives.warm_start_lexicon=0"),
     "no-warm-start": ("objectives.warm_start_steps=0",),
     "no-gain": ("projection.gain=false",),
-    "no-merge": ("projection.merge=false",),
-    "no-reading": ("projection.read_tokens=0",),
+    "no-merge": ("projection.merge=false", "projection.deal_tokens=false"),
+    "no-dealing": ("projection.deal_tokens=false",),
+    "no-reading": ("projection.read_tokens=0", "projection.deal_tokens=false"),
     "no-merged-layers": ("projection.merged_layers=0",),
     "adamw": ("optimizer=null", "training.learning_rate=1.0e-3"),
 }

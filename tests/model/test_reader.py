@@ -13,7 +13,7 @@ from ocrmem.model import reader as reader_module
 from ocrmem.model.adapter import load_projection
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.model.projection import Projection, compile_projection
-from ocrmem.model.reader import VocabularyReader
+from ocrmem.model.reader import VocabularyReader, dealt_evenly
 from ocrmem.training.objectives import covered_embeddings
 
 
@@ -33,26 +33,28 @@ def test_a_piece_gets_the_embedding_that_it_is_read_as():
     reader = random_reader(1, sharp=True)
     reader.readings[0].none_D.data.zero_()
     wanted_PVD = reader.embeddings_CD[torch.tensor([[2, 7, 2]])]
-    read_PVD, nothing = reader(3 * wanted_PVD)
-    torch.testing.assert_close(read_PVD - 3 * wanted_PVD, wanted_PVD / 0.1, rtol=1e-3, atol=1e-3)
+    read_PVRD, present_PVR, nothing = reader(3 * wanted_PVD)
+    torch.testing.assert_close(read_PVRD[:, :, 0], wanted_PVD / 0.1, rtol=1e-3, atol=1e-3)
+    assert (present_PVR > 0.99).all()
     assert nothing is None
 
 
-def test_a_piece_that_is_read_as_none_stays():
+def test_a_piece_that_is_read_as_none_gets_nothing():
     reader = random_reader(1, sharp=True)
     pieces_PVD = torch.randn(1, 3, 8)
     with torch.no_grad():
         reader.readings[0].none_D.copy_(9 * F.normalize(pieces_PVD[0, 1], dim=-1))
-    read_PVD, _ = reader(pieces_PVD)
-    torch.testing.assert_close(read_PVD[0, 1], pieces_PVD[0, 1])
-    assert (read_PVD[0, 0] - pieces_PVD[0, 0]).norm() > 0.1
+    read_PVRD, present_PVR, _ = reader(pieces_PVD)
+    assert present_PVR[0, 1, 0] < 1e-3 < 0.99 < present_PVR[0, 0, 0]
+    assert read_PVRD[0, 1].abs().max() < 1e-3
+    assert read_PVRD[0, 0].norm() > 0.1
 
 
 def test_the_loss_is_the_cross_entropy_of_each_reading_of_the_pieces_in_use():
     reader = random_reader(2)
     pieces_PVD = torch.randn(2, 3, 8)
     ids_PVT = torch.tensor([[[4, -1, -1], [-1, -1, -1], [0, 9, 3]], [[5, 6, -1], [1, 1, 1], [2, -1, -1]]])
-    _, loss = reader(pieces_PVD, torch.tensor([3, 1]), ids_PVT)
+    *_, loss = reader(pieces_PVD, torch.tensor([3, 1]), ids_PVT)
     expected = 0.0
     for page, piece in ((0, 0), (0, 1), (0, 2), (1, 0)):
         for number, reading in enumerate(reader.readings):
@@ -72,10 +74,10 @@ def test_parts_give_what_the_whole_gives(given, monkeypatch):
     monkeypatch.setattr(reader_module, "CHUNK", 4)
     with torch.no_grad():
         parts = reader(pieces_PVD, None, ids_PVT)
-    torch.testing.assert_close(parts[0], whole[0].detach())
-    assert given is (parts[1] is not None)
-    if given:
-        torch.testing.assert_close(parts[1], whole[1].detach())
+    assert given is (parts[2] is not None)
+    for part, of_whole in zip(parts, whole, strict=True):
+        if of_whole is not None:
+            torch.testing.assert_close(part, of_whole.detach())
 
 
 def test_every_parameter_learns_and_the_table_stays(tmp_path):
@@ -189,3 +191,89 @@ def test_it_needs_attention_and_the_table():
     for table in (None, torch.zeros(0)):  # the second as ZeRO-3 leaves it
         with pytest.raises(ConfigError, match="read_tokens=1 needs the LLM's input embeddings in one piece, and got"):
             Projection(settings, feature_width=4, embedding_width=8, embedding_rms=0.1, embeddings_CD=table)
+
+
+@pytest.mark.parametrize("slots", [6, 4, 1])
+def test_tokens_are_dealt_out_as_a_rivals_are(slots):
+    torch.manual_seed(0)
+    states_LMD = torch.randn(20, 24, 3, requires_grad=True)
+    present_LM = torch.rand(20, 24) < torch.linspace(0, 1, 20)[:, None]
+    dealt_LVKD = dealt_evenly(states_LMD, present_LM, torch.full((20,), slots), (6, 5))
+    for line in range(20):
+        found = states_LMD[line, present_LM[line]]
+        expected = torch.zeros(6, 5, 3)
+        of_slot = [number * slots // len(found) for number in range(len(found))]  # as `token_slots` has it
+        for slot in range(slots):
+            inside = [found[number] for number in range(len(found)) if of_slot[number] == slot]
+            for back, state in enumerate(reversed(inside[-5:])):
+                expected[slot, back] = state
+        torch.testing.assert_close(dealt_LVKD[line], expected)
+    dealt_LVKD.sum().backward()
+    assert (states_LMD.grad[~present_LM] == 0).all()
+
+
+def dealing(pieces=2, **changes):
+    settings = ProjectionSettings(
+        **{"kind": "attention", "num_layers": 1, "num_heads": 2, "pieces": pieces, "merge": True, "merged_layers": 1}
+        | {"read_tokens": 2, "deal_tokens": True, **changes}
+    )
+    torch.manual_seed(0)
+    parts = {"feature_width": 3 * pieces, "embedding_width": 8, "embedding_rms": 0.1}
+    return Projection(settings, **parts, embeddings_CD=torch.randn(31, 8), tokens_per_unit=4)
+
+
+def test_a_page_is_dealt_line_by_line_and_the_last_as_far_as_it_goes():
+    proj = dealing()
+    for matrix in proj.merge:
+        torch.nn.init.normal_(matrix.weight)
+    features_PVE, used_P = torch.randn(2, 12, 6), torch.tensor([12, 6])
+    memory_PVD = proj(features_PVE, used_P)
+    assert memory_PVD.shape == (2, 12, 8)
+    changed = features_PVE.clone()
+    changed[1, 6:] = 9.0  # beyond what is in use
+    torch.testing.assert_close(proj(changed, used_P)[1, :6], memory_PVD[1, :6])
+    fine = proj(features_PVE.reshape(2, 24, 3), used_P * 2)  # one piece to a memory token
+    assert fine.shape == (2, 24, 8)
+    with pytest.raises(SpliceError, match="a page has 10 pieces, 2 to a memory token; .* whole units of 8 pieces"):
+        proj(features_PVE[:, :5], torch.tensor([5, 5]))
+
+
+def test_what_is_dealt_is_the_tokens_that_were_read():
+    proj = dealing(merged_layers=0)
+    states_PND = torch.randn(1, 8, 8)
+    read_PNRD = torch.randn(1, 8, 2, 8)
+    present_PNR = torch.zeros(1, 8, 2)
+    for piece, reading in ((0, 0), (1, 1), (2, 0), (2, 1), (7, 0)):
+        present_PNR[0, piece, reading] = 1
+    matrices = [matrix.weight for matrix in proj.merge]
+    for weight in matrices:
+        torch.nn.init.normal_(weight)
+    dealt_PVD = proj._dealt(states_PND, read_PNRD, present_PNR, 2, torch.tensor([4]))
+    token = {(n, r): states_PND[0, n] + read_PNRD[0, n, r] for n, r in ((0, 0), (1, 1), (2, 0), (2, 1), (7, 0))}
+    expected = torch.stack(  # five tokens over four memory tokens
+        [
+            matrices[0] @ token[1, 1] + matrices[1] @ token[0, 0],
+            matrices[0] @ token[2, 0],
+            matrices[0] @ token[2, 1],
+            matrices[0] @ token[7, 0],
+        ]
+    )
+    torch.testing.assert_close(dealt_PVD[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dealing_learns_through_every_matrix_and_goes_on_with_more_pieces(tmp_path):
+    model = tiny_model(kind="attention")
+    model.proj = dealing(pieces=2, merged_layers=0)
+    memory_PVD = model.proj(torch.randn(3, 4, 6), torch.tensor([4, 4, 4]))
+    memory_PVD.pow(3).sum().backward()
+    assert all(matrix.weight.grad.any() for matrix in model.proj.merge)
+    model.save_pretrained(tmp_path)
+    model.proj = dealing(pieces=4, merged_layers=0)
+    load_projection(model, tmp_path, start=True)
+    assert len(model.proj.merge) == 5
+    assert not model.proj.merge[3].weight.any()
+
+
+def test_dealing_needs_tokens_that_are_read():
+    with pytest.raises(ConfigError, match="deal_tokens=true needs read_tokens of 1 or more, and merge=true"):
+        ProjectionSettings(kind="attention", pieces=2, merge=True, deal_tokens=True)

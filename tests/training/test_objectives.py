@@ -489,7 +489,8 @@ CONFIG = {
     "encoder": {"name": "pp-ocr", "settings": {"steps_per_token": 20}},
     "page": PAGE,
     "memory": {"header": ""},
-    "projection": {"kind": "attention", "num_layers": 1, "pieces": 4, "gain": True, "read_tokens": 2},
+    "projection": {"kind": "attention", "num_layers": 1, "pieces": 4, "gain": True, "read_tokens": 2, "merge": True,
+                   "deal_tokens": True},
     "optimizer": "muon",
     "objectives": {
         "corpora": ["wiki-leads/train.jsonl", "chitchat/train.jsonl"],

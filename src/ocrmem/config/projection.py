@@ -36,6 +36,10 @@ class ProjectionSettings:
     """Read so many text tokens of each piece, each by a softmax over the LLM's own input embeddings, and give their
     embeddings to the layers that follow; so that what the embeddings are need not be learnt, but only which of them
     stand on the page (kind `attention` alone). Costs 4 × vocabulary × embedding width FLOP a piece and token."""
+    deal_tokens: bool = False
+    """Deal out the tokens that were read evenly, in order, over the memory tokens of a line, in place of each memory
+    token having those that begin in its own pixels, one here and four there; with `read_tokens` and `merge`. A memory
+    token keeps one more than it has pieces, each through a matrix of its own."""
     num_heads: int = 8
     """Heads of each attention layer; must divide the LLM's embedding width (kind `attention` alone)."""
 
@@ -48,6 +52,8 @@ class ProjectionSettings:
             raise ConfigError("projection merge=true needs pieces of 2 or more; pieces is 1.")
         if self.merged_layers and self.kind != "attention":
             raise ConfigError(f"projection merged_layers={self.merged_layers} needs kind 'attention'.")
+        if self.deal_tokens and not (self.read_tokens and self.merge):
+            raise ConfigError("projection deal_tokens=true needs read_tokens of 1 or more, and merge=true.")
         if self.read_tokens and self.kind != "attention":
             raise ConfigError(f"projection read_tokens={self.read_tokens} needs kind 'attention'.")
         for name in ("merged_layers", "read_tokens"):

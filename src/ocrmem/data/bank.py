@@ -193,7 +193,7 @@ class _Drawer(Dataset[_Drawn]):
         self.documents, self.tokenizer, self.pixels = documents, tokenizer, pixels
         self.page, self.lines = encoder.page, encoder.lines_per_unit
         self.token_spans = encoder.token_spans
-        self.per_unit = encoder.tokens_per_page * encoder.lines_per_unit // encoder.page.lines_per_page
+        self.per_unit = encoder.tokens_per_unit
         self.renderer: Renderer | None = None
 
     def __len__(self) -> int:

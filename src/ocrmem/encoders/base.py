@@ -73,6 +73,11 @@ class OCREncoder(nn.Module, ABC):
         features. Here the whole page; an encoder that reads line by line says 1."""
         return self.page.lines_per_page
 
+    @property
+    def tokens_per_unit(self) -> int:
+        """Features of such a unit."""
+        return self.tokens_per_page * self.lines_per_unit // self.page.lines_per_page
+
     @abstractmethod
     def forward(self, pages_PHW: torch.Tensor) -> torch.Tensor:
         """Encode pages.

@@ -9,6 +9,7 @@ features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬�
 
 With `merge`, a memory token is the sum of its pieces, each through a matrix of its own: the last starts as it is and
 the others at zero, so that a projection of more pieces begins as one of fewer. Without it, the last stands for all.
+With `deal_tokens`, the tokens that were read, dealt out evenly over a line, stand in the place of the pieces.
 
 Its weights are always float32, whatever type the LLM has: in bfloat16 AdamW at a learning rate of 1e-5 would move
 2% of the weights a step and learn almost nothing. Its output has the RMS of the LLM's embeddings, so that memory
@@ -29,11 +30,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError, SpliceError
-from ocrmem.model.reader import VocabularyReader
+from ocrmem.model.reader import VocabularyReader, dealt_evenly
 
 ROTARY_BASE = 100.0
 """Base of the rotary angles (Su et al. 2021, who have 10,000): what is read together is a few tokens apart."""
 
+SPARE_TOKENS = 1
+"""With `deal_tokens`, a memory token keeps as many text tokens as it has pieces and so many more; prose has 0.8 in a
+piece of 4 characters, figures and codes up to 4."""
 KERNELS = [
     SDPBackend.OVERRIDEABLE,  # of devices that bring their own
     SDPBackend.FLASH_ATTENTION,
@@ -52,6 +56,7 @@ class Projection(nn.Module):
         embedding_width: D.
         embedding_rms: root mean square of the LLM's input embeddings, to which every output token is scaled.
         embeddings_CD: the LLM's input embeddings, for `settings.read_tokens` alone.
+        tokens_per_unit: memory tokens of a line, or of what else the encoder encodes alone, for `settings.deal_tokens`.
     """
 
     embedding_rms: torch.Tensor
@@ -66,9 +71,12 @@ class Projection(nn.Module):
         embedding_width: int,
         embedding_rms: float,
         embeddings_CD: torch.Tensor | None = None,
+        tokens_per_unit: int = 1,
     ) -> None:
         super().__init__()
         self.feature_width = feature_width
+        self.tokens_per_unit = tokens_per_unit
+        self.unit_pieces = tokens_per_unit * settings.pieces if settings.deal_tokens else None
         hidden_size = settings.hidden_size or embedding_width
         if feature_width % settings.pieces:
             raise ConfigError(
@@ -97,7 +105,7 @@ class Projection(nn.Module):
             self.reader = VocabularyReader(embeddings_CD, embedding_rms=embedding_rms, read_tokens=settings.read_tokens)
         matrices = [
             nn.Linear(embedding_width, embedding_width, bias=False, dtype=torch.float32)
-            for _ in range(settings.pieces if settings.merge else 0)
+            for _ in range(settings.merge * (settings.pieces + SPARE_TOKENS * settings.deal_tokens))
         ]
         for number, matrix in enumerate(matrices):
             (nn.init.zeros_ if number else nn.init.eye_)(matrix.weight)
@@ -148,10 +156,13 @@ class Projection(nn.Module):
             memory_PVD = self.linear2(F.gelu(self.linear1(cut)))
             if self.attention is not None:
                 memory_PVD = self.attention(memory_PVD, used_P)
-            reading_loss = None
+            reading_loss = read_PVRD = present_PVR = None
             if self.reader is not None:
-                memory_PVD, reading_loss = self.reader(memory_PVD, used_P, token_ids_PVT)
-            memory_PVD = self._merged(memory_PVD, pieces)
+                read_PVRD, present_PVR, reading_loss = self.reader(memory_PVD, used_P, token_ids_PVT)
+            if self.unit_pieces is not None:
+                memory_PVD = self._dealt(memory_PVD, read_PVRD, present_PVR, pieces, page_num_tokens_P)
+            else:
+                memory_PVD = self._merged(memory_PVD if self.reader is None else memory_PVD + read_PVRD.sum(2), pieces)
             if self.merged is not None:
                 memory_PVD = self.merged(memory_PVD, page_num_tokens_P)
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
@@ -180,6 +191,35 @@ class Projection(nn.Module):
             )
         last_first = [pieces_PVD[:, pieces - 1 - number :: pieces] for number in range(pieces)]
         return torch.stack([matrix(x) for matrix, x in zip(self.merge, last_first, strict=False)]).sum(dim=0)
+
+    def _dealt(
+        self,
+        pieces_PVD: torch.Tensor,
+        read_PVRD: torch.Tensor,
+        present_PVR: torch.Tensor,
+        pieces: int,
+        page_num_tokens_P: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Memory tokens of what was read, by `ProjectionSettings.deal_tokens`; the first matrix is the last token's."""
+        pages, count, width = pieces_PVD.shape
+        per_unit = self.unit_pieces
+        if count % per_unit or per_unit % pieces:
+            raise SpliceError(
+                f"a page has {count} pieces, {pieces} to a memory token; to deal out what is read, expected whole "
+                f"units of {per_unit} pieces, and a divisor of that."
+            )
+        slots, units = per_unit // pieces, count // per_unit
+        used_P = torch.full((pages,), units * slots) if page_num_tokens_P is None else page_num_tokens_P
+        begins_U = slots * torch.arange(units, device=pieces_PVD.device)
+        slots_L = (used_P.to(pieces_PVD.device)[:, None] - begins_U).clamp(0, slots).flatten()
+        states_LMD = (pieces_PVD[:, :, None] + read_PVRD).reshape(pages * units, -1, width)
+        present_LM = present_PVR.reshape(pages * units, -1) > 0.5
+        readings = present_PVR.shape[2]
+        places_M = torch.arange(per_unit * readings, device=pieces_PVD.device) // readings
+        present_LM = present_LM & (places_M < slots_L[:, None] * pieces)
+        dealt_LVKD = dealt_evenly(states_LMD, present_LM, slots_L, (slots, pieces + SPARE_TOKENS))
+        merged_LVD = sum(matrix(x) for matrix, x in zip(self.merge, dealt_LVKD.unbind(2), strict=False))
+        return merged_LVD.reshape(pages, units * slots, width)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to()`, `.half()`, `.cuda()`… move the projection, but never out of float32."""

@@ -19,7 +19,7 @@ CHUNK = 1024
 
 
 class VocabularyReader(nn.Module):
-    """Adds to each piece the embeddings of the text tokens that it is read as.
+    """Gives the embeddings of the text tokens that each piece is read as.
 
     Args:
         embeddings_CD: the LLM's input embeddings, frozen; kept in float32, and no part of an adapter.
@@ -41,7 +41,7 @@ class VocabularyReader(nn.Module):
         pieces_PVD: torch.Tensor,
         used_P: torch.Tensor | None = None,
         token_ids_PVT: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Read.
 
         Args:
@@ -50,41 +50,75 @@ class VocabularyReader(nn.Module):
             token_ids_PVT: the text tokens that begin within each piece, in order, then -1.
 
         Returns:
-            pieces_PVD with what was read, and where `token_ids_PVT` is given the cross entropy of reading them: nats a
-            piece in use, all its readings together.
+            What was read [P, V, readings, D]; how surely there is a token [P, V, readings], from 0 to 1; and where
+            `token_ids_PVT` is given, the cross entropy of reading them: nats a piece in use, all its readings together.
         """
         pieces_ND = pieces_PVD.flatten(0, 1)
         targets_NR = None if token_ids_PVT is None else self._targets(token_ids_PVT).flatten(0, 1)
         if torch.is_grad_enabled() or len(pieces_ND) <= CHUNK:
-            read_ND, losses_N = self._read(pieces_ND, targets_NR)
+            read_NRD, present_NR, losses_N = self._read(pieces_ND, targets_NR)
         else:
             targets = [None] * len(pieces_ND) if targets_NR is None else targets_NR.split(CHUNK)
             parts = [self._read(*part) for part in zip(pieces_ND.split(CHUNK), targets, strict=False)]
-            read_ND = torch.cat([read for read, _ in parts])
-            losses_N = torch.cat([losses for _, losses in parts])
-        read_PVD = read_ND.view_as(pieces_PVD)
+            read_NRD, present_NR, losses_N = (torch.cat(found) for found in zip(*parts, strict=True))
+        shape = pieces_PVD.shape[:2]
+        read_PVRD, present_PVR = (found.unflatten(0, shape) for found in (read_NRD, present_NR))
         if token_ids_PVT is None:
-            return read_PVD, None
-        losses_PV = losses_N.view(pieces_PVD.shape[:2])
+            return read_PVRD, present_PVR, None
+        losses_PV = losses_N.view(shape)
         if used_P is None:
-            return read_PVD, losses_PV.mean()
-        used_PV = torch.arange(losses_PV.shape[1], device=losses_PV.device) < used_P[:, None]
-        return read_PVD, (losses_PV * used_PV).sum() / used_PV.sum().clamp(min=1)
+            return read_PVRD, present_PVR, losses_PV.mean()
+        used_PV = torch.arange(shape[1], device=losses_PV.device) < used_P[:, None]
+        return read_PVRD, present_PVR, (losses_PV * used_PV).sum() / used_PV.sum().clamp(min=1)
 
     def _targets(self, token_ids_PVT: torch.Tensor) -> torch.Tensor:
         """int64 [P, V, readings]: the token of each reading, -1 where the piece has no such token."""
         wanted = len(self.readings)
         return F.pad(token_ids_PVT[..., :wanted].long(), (0, max(0, wanted - token_ids_PVT.shape[-1])), value=-1)
 
-    def _read(self, pieces_ND: torch.Tensor, targets_NR: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(
+        self, pieces_ND: torch.Tensor, targets_NR: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         directions_CD = F.normalize(self.embeddings_CD, dim=-1)
-        read_ND, losses_N = pieces_ND, pieces_ND.new_zeros(len(pieces_ND), dtype=torch.float32)
+        read, present = [], []
+        losses_N = pieces_ND.new_zeros(len(pieces_ND), dtype=torch.float32)
         for number, reading in enumerate(self.readings):
             targets_N = None if targets_NR is None else targets_NR[:, number]
-            shares_NC, loss_N = reading(pieces_ND, directions_CD, targets_N)
-            read_ND = read_ND + reading.value((shares_NC @ self.embeddings_CD) * self.scale)
+            shares_NC, none_N, loss_N = reading(pieces_ND, directions_CD, targets_N)
+            read.append(reading.value((shares_NC @ self.embeddings_CD) * self.scale))
+            present.append(1 - none_N)
             losses_N = losses_N if loss_N is None else losses_N + loss_N
-        return read_ND, losses_N
+        return torch.stack(read, dim=1), torch.stack(present, dim=1), losses_N
+
+
+def dealt_evenly(
+    states_LMD: torch.Tensor, present_LM: torch.Tensor, slots_L: torch.Tensor, size: tuple[int, int]
+) -> torch.Tensor:
+    """Text tokens of a line, found among its readings, dealt out evenly and in order over its memory tokens.
+
+    Token c of T goes to memory token ⌊c × slots / T⌋, as `training.packing.token_slots` deals those of a rival.
+
+    Args:
+        states_LMD: a state for each reading of each line.
+        present_LM: which of them are tokens.
+        slots_L: memory tokens in use of each line.
+        size: memory tokens of a full line V, and K tokens of one that are kept.
+
+    Returns:
+        [L, V, K, D]: the states of each memory token's last K tokens, the last one first; zeros where it has fewer.
+    """
+    slots, kept = size
+    order_LM = present_LM.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    total_L1 = present_LM.sum(dim=1, keepdim=True)
+    used_L1 = slots_L[:, None].clamp(min=1)
+    edges = torch.arange(slots + 1, device=states_LMD.device)
+    begins_LV = torch.minimum((edges * total_L1 + used_L1 - 1) // used_L1, total_L1)  # and past the last one
+    back_K = torch.arange(kept, device=states_LMD.device)
+    number_LVK = begins_LV[:, 1:, None] - 1 - back_K
+    found_LVK = number_LVK >= begins_LV[:, :-1, None]
+    place_LN = order_LM.gather(1, number_LVK.clamp(min=0).flatten(1))
+    states_LND = states_LMD.gather(1, place_LN[..., None].expand(-1, -1, states_LMD.shape[2]))
+    return states_LND.unflatten(1, (slots, kept)) * found_LVK[..., None]
 
 
 class TokenReading(nn.Module):
@@ -101,16 +135,17 @@ class TokenReading(nn.Module):
 
     def forward(
         self, pieces_ND: torch.Tensor, directions_CD: torch.Tensor, targets_N: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Shares of the vocabulary's tokens [N, C], which with that of none add up to 1; and, where targets are given
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Shares of the vocabulary's tokens [N, C], and of none [N], which add up to 1; and, where targets are given
         (-1 for none), minus the logarithm of each target's share [N]."""
         queries_ND = F.normalize(self.query(pieces_ND).float(), dim=-1) * self.log_scale.exp()
         logits_NC = (queries_ND @ directions_CD.T).float()
         none_N = (queries_ND * self.none_D).sum(dim=-1)
         total_N = torch.logaddexp(logits_NC.logsumexp(dim=-1), none_N)
         shares_NC = (logits_NC - total_N[:, None]).exp()
+        none_share_N = (none_N - total_N).exp()
         if targets_N is None:
-            return shares_NC, None
+            return shares_NC, none_share_N, None
         # Not gathered from the logits, whose gradient would then be a table of zeros of their size.
         found_N = (queries_ND * directions_CD[targets_N.clamp(min=0)]).sum(dim=-1)
-        return shares_NC, total_N - torch.where(targets_N < 0, none_N, found_N)
+        return shares_NC, none_share_N, total_N - torch.where(targets_N < 0, none_N, found_N)

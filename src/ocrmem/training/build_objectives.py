@@ -75,6 +75,7 @@ def build_objective_trainer(
         pad_token_id=processor.pad_token_id,
         position_stride=config.memory.position_stride,
         reading_bank=train_bank if model.proj.reader is not None else None,
+        dealt=model.config.projection_settings.deal_tokens,
     )
     embedding = model.get_input_embeddings()
 

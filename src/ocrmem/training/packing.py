@@ -7,7 +7,7 @@ any number of loader processes draws the same ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class PackedRows(Dataset[dict[str, Any]]):
         rows_per_step: rows that one optimizer step takes over all processes; it tells the step, and so the stage.
         position_stride: positions of a memory token of the last stage; one of fewer pieces takes its share of them.
         reading_bank: one piece to a memory token, where the projection learns to read each piece; None: it does not.
+        dealt: the projection deals out what it reads evenly, so that its memory tokens cover other text.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class PackedRows(Dataset[dict[str, Any]]):
         pad_token_id: int,
         position_stride: int = 1,
         reading_bank: Bank | None = None,
+        dealt: bool = False,
     ) -> None:
         self.samplers, self.settings, self.seed = samplers, settings, seed
-        self.reading_bank = reading_bank
+        self.reading_bank, self.dealt = reading_bank, dealt
         self.position_stride = position_stride
         self.rows_per_step, self.pad_token_id = rows_per_step, pad_token_id
         self.whole = max(samplers)
@@ -107,7 +109,7 @@ class PackedRows(Dataset[dict[str, Any]]):
             sampler.bank,
             features=self.settings.features,
             pieces=pieces if self.whole > 1 else None,
-            slots=True,
+            slots="evenly" if self.dealt else "pixels",
             reading_bank=self.reading_bank,
         )
         return {**batch, "input_ids": torch.zeros(1, 1, dtype=torch.int64), "pieces": pieces, "warm_start": True}
@@ -234,7 +236,7 @@ def memory_part(
     *,
     features: Features,
     pieces: int | None,
-    slots: bool = False,
+    slots: Literal["pixels", "evenly"] | None = None,
     reading_bank: Bank | None = None,
 ) -> dict[str, torch.Tensor]:
     """What a row says of its memory.
@@ -242,13 +244,14 @@ def memory_part(
     Args:
         runs: the bank's units of each sample.
         pieces: to a memory token of the bank, for `rival_slots`.
-        slots: give `slots` although the features are those of pages.
+        slots: give `slots` although the features are those of pages: the text tokens under each memory token's pixels,
+            or a line's dealt out evenly.
         reading_bank: the same units with one piece to a memory token, for `memory_token_ids`; None: leave them out.
 
     Returns:
         `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has
-        none; for a rival `slots` int32 [P, V, tokens] as `rival_slots` gives them, and where asked for, those under the
-        memory tokens' pixels; `memory_token_ids` int32 [P, V × pieces, tokens], those under each piece's.
+        none; for a rival `slots` int32 [P, V, tokens] as `rival_slots` gives them, and where asked for, as `slots`
+        says; `memory_token_ids` int32 [P, V × pieces, tokens], those under each piece's.
     """
     size = bank.units_per_page
     pages = [list(units[begin : begin + size]) for units in runs for begin in range(0, len(units), size)]
@@ -261,8 +264,8 @@ def memory_part(
     }
     if features != "ocr":
         batch["slots"] = torch.from_numpy(rival_slots(bank, units_PU, features, pieces=pieces))
-    elif slots:
-        batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=False))
+    elif slots is not None:
+        batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=slots == "evenly"))
     if reading_bank is not None:
         batch["memory_token_ids"] = torch.from_numpy(token_slots(reading_bank, units_PU, evenly=False))
     return batch

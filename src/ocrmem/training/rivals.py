@@ -73,5 +73,5 @@ class RivalEncoder(OCREncoder):
 def rival_projection(settings: ProjectionSettings, record: RivalRecord) -> ProjectionSettings:
     """Settings of a rival's projection, given those of the memory's. It is given the LLM's embeddings, and has none to
     read."""
-    settings = dataclasses.replace(settings, read_tokens=0)
+    settings = dataclasses.replace(settings, read_tokens=0, deal_tokens=False)
     return dataclasses.replace(settings, pieces=1, merge=False) if record.kind == "mean-pooling" else settings
