@@ -65,6 +65,19 @@ def test_the_loss_is_the_cross_entropy_of_each_reading_of_the_pieces_in_use():
     torch.testing.assert_close(loss, expected / 4)
 
 
+def test_the_loss_has_no_end_below_zero_in_lower_precision():
+    """Whatever is rounded, the target's share of all shares is no more than 1."""
+    torch.manual_seed(0)
+    reader = VocabularyReader(torch.randn(50, 64), embedding_rms=1.0, read_tokens=1)
+    with torch.no_grad():
+        reader.readings[0].log_scale.fill_(7.0)
+    pieces_ND = reader.embeddings_CD.repeat(20, 1) + 0.01 * torch.randn(1000, 64)
+    targets_N1 = torch.arange(50).repeat(20)[:, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        *_, losses_N = reader._read(pieces_ND, targets_N1)
+    assert losses_N.min() >= 0
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_parts_give_what_the_whole_gives(given, monkeypatch):
     reader = random_reader()
@@ -248,7 +261,7 @@ def test_what_is_dealt_is_the_tokens_that_were_read():
     matrices = [matrix.weight for matrix in proj.merge]
     for weight in matrices:
         torch.nn.init.normal_(weight)
-    dealt_PVD = proj._dealt(states_PND, read_PNRD, present_PNR, 2, torch.tensor([4]))
+    dealt_PVD = proj._dealt(states_PND[:, :, None] + read_PNRD, present_PNR, 2, 8, torch.tensor([4]))
     token = {(n, r): states_PND[0, n] + read_PNRD[0, n, r] for n, r in ((0, 0), (1, 1), (2, 0), (2, 1), (7, 0))}
     expected = torch.stack(  # five tokens over four memory tokens
         [

@@ -83,7 +83,7 @@ class MEMModel(PreTrainedModel):
         FrozenPartError: a frozen part has active dropout, or shares parameters with the projection.
     """
 
-    loss_chunk_size: int | None
+    loss_chunk_size: int | None = None
     """Labels whose logits are there at a time, in training and evaluation; None: all, and `forward` returns them."""
 
     config_class = MEMConfig
@@ -128,7 +128,6 @@ class MEMModel(PreTrainedModel):
         self._ddp_params_and_buffers_to_ignore = ["proj.reader.embeddings_CD"]
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base_llm_model.forward).parameters
         self.cross_entropy = cross_entropy_sum
-        self.loss_chunk_size: int | None = None
         self._plain_logits = True
         self._feature_dtype = getattr(torch, config.memory_settings.feature_dtype)
         self.position_stride = config.memory_settings.position_stride
@@ -219,14 +218,14 @@ class MEMModel(PreTrainedModel):
         Raises:
             SpliceError: placeholders and memory tokens of a sample differ in number, or arguments are missing.
         """
-        if (memory_targets is not None or memory_token_ids is not None) and features is None:
-            raise SpliceError("`memory_targets` or `memory_token_ids` came without `features`; give both.")
         memory_PVD, reading_loss = None, None
-        if memory_token_ids is not None:
-            memory_PVD, reading_loss = self.proj(features, page_num_tokens, token_ids_PVT=memory_token_ids)
-        if memory_targets is not None:
-            memory_PVD = self.proj(features, page_num_tokens) if memory_PVD is None else memory_PVD
-            return MEMOutput(loss=target_loss(memory_PVD, memory_targets), reading_loss=reading_loss)
+        if memory_targets is not None or memory_token_ids is not None:
+            if features is None:
+                raise SpliceError("`memory_targets` or `memory_token_ids` came without `features`; give both.")
+            projected = self.proj(features, page_num_tokens, token_ids_PVT=memory_token_ids)
+            memory_PVD, reading_loss = (projected, None) if memory_token_ids is None else projected
+            if memory_targets is not None:
+                return MEMOutput(loss=target_loss(memory_PVD, memory_targets), reading_loss=reading_loss)
         embeds_BSD = self.embed(
             input_ids,
             pages=pages,
@@ -254,12 +253,8 @@ class MEMModel(PreTrainedModel):
             attention_mask = one_sample_each(input_ids)
         packing: dict[str, Any] = {}
         if cu_seq_lens_q is not None:
-            packing = {
-                "cu_seq_lens_q": cu_seq_lens_q,
-                "cu_seq_lens_k": cu_seq_lens_q,
-                "max_length_q": max_length_q,
-                "max_length_k": max_length_q,
-            }
+            packing = {f"cu_seq_lens_{side}": cu_seq_lens_q for side in "qk"}
+            packing |= {f"max_length_{side}": max_length_q for side in "qk"}
             if has_kernel(self.base_llm_model.config._attn_implementation, embeds_BSD.device):
                 attention_mask = unused_mask(embeds_BSD.device)
                 if sample_lengths is not None:
@@ -345,8 +340,7 @@ class MEMModel(PreTrainedModel):
         memory_index: torch.Tensor | None = None,
         memory: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`input_ids` to embeddings [B, S, D] with the memory spliced in; arguments as in `forward`, and `memory`
-        [P, V, D] where the features are projected already."""
+        """`input_ids` to embeddings [B, S, D], the memory spliced in; arguments as in `forward`; `memory` [P, V, D]."""
         placeholders_BS = input_ids == self.config.memory_token_id
         embeds_BSD = self.base_llm_model.get_input_embeddings()(input_ids)
         if pages is not None and features is None and pages.shape[0] > 0:
@@ -364,13 +358,12 @@ class MEMModel(PreTrainedModel):
             raise SpliceError(
                 "`pages` or `features` came without `page_num_tokens` [P] and `num_pages` [B]; give both."
             )
-        indexed = placeholder_index is not None and memory_index is not None
-        if not indexed:
+        if placeholder_index is None or memory_index is None:
             check_counts(placeholders_BS, page_num_tokens, num_pages)
         memory_PVD = self.proj(features, page_num_tokens) if memory is None else memory
-        if indexed:
-            return splice_at(embeds_BSD, placeholder_index, memory_PVD, memory_index)
-        return splice(embeds_BSD, placeholders_BS, memory_PVD, page_num_tokens)
+        if placeholder_index is None or memory_index is None:
+            return splice(embeds_BSD, placeholders_BS, memory_PVD, page_num_tokens)
+        return splice_at(embeds_BSD, placeholder_index, memory_PVD, memory_index)
 
     def positions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """position_ids int64 [B, S] of prompts, `memory.position_stride` for each of their placeholders."""

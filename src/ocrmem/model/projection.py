@@ -154,15 +154,18 @@ class Projection(nn.Module):
         lower = self.compute_dtype is not None
         with torch.autocast(cut.device.type, self.compute_dtype, enabled=True) if lower else nullcontext():
             memory_PVD = self.linear2(F.gelu(self.linear1(cut)))
+            reading_loss = None
             if self.attention is not None:
                 memory_PVD = self.attention(memory_PVD, used_P)
-            reading_loss = read_PVRD = present_PVR = None
-            if self.reader is not None:
-                read_PVRD, present_PVR, reading_loss = self.reader(memory_PVD, used_P, token_ids_PVT)
-            if self.unit_pieces is not None:
-                memory_PVD = self._dealt(memory_PVD, read_PVRD, present_PVR, pieces, page_num_tokens_P)
+            if self.reader is None:
+                memory_PVD = self._merged(memory_PVD, pieces)
             else:
-                memory_PVD = self._merged(memory_PVD if self.reader is None else memory_PVD + read_PVRD.sum(2), pieces)
+                read_PVRD, present_PVR, reading_loss = self.reader(memory_PVD, used_P, token_ids_PVT)
+                if self.unit_pieces is None:
+                    memory_PVD = self._merged(memory_PVD + read_PVRD.sum(dim=2), pieces)
+                else:
+                    states_PVRD = memory_PVD[:, :, None] + read_PVRD
+                    memory_PVD = self._dealt(states_PVRD, present_PVR, pieces, self.unit_pieces, page_num_tokens_P)
             if self.merged is not None:
                 memory_PVD = self.merged(memory_PVD, page_num_tokens_P)
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
@@ -194,31 +197,33 @@ class Projection(nn.Module):
 
     def _dealt(
         self,
-        pieces_PVD: torch.Tensor,
-        read_PVRD: torch.Tensor,
+        states_PVRD: torch.Tensor,
         present_PVR: torch.Tensor,
         pieces: int,
+        per_unit: int,
         page_num_tokens_P: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Memory tokens of what was read, by `ProjectionSettings.deal_tokens`; the first matrix is the last token's."""
-        pages, count, width = pieces_PVD.shape
-        per_unit = self.unit_pieces
+        """Memory tokens of the tokens that were read, by `ProjectionSettings.deal_tokens`; the first matrix is that of
+        the last token of a memory token."""
+        pages, count, readings, width = states_PVRD.shape
         if count % per_unit or per_unit % pieces:
             raise SpliceError(
                 f"a page has {count} pieces, {pieces} to a memory token; to deal out what is read, expected whole "
                 f"units of {per_unit} pieces, and a divisor of that."
             )
         slots, units = per_unit // pieces, count // per_unit
-        used_P = torch.full((pages,), units * slots) if page_num_tokens_P is None else page_num_tokens_P
-        begins_U = slots * torch.arange(units, device=pieces_PVD.device)
-        slots_L = (used_P.to(pieces_PVD.device)[:, None] - begins_U).clamp(0, slots).flatten()
-        states_LMD = (pieces_PVD[:, :, None] + read_PVRD).reshape(pages * units, -1, width)
+        used_PU = present_PVR.new_full((pages, units), slots, dtype=torch.int64)
+        if page_num_tokens_P is not None:
+            begins_U = slots * torch.arange(units, device=used_PU.device)
+            used_PU = (page_num_tokens_P[:, None] - begins_U).clamp(0, slots)
+        used_L = used_PU.flatten()
+        piece_M = torch.arange(per_unit * readings, device=used_L.device) // readings
         present_LM = present_PVR.reshape(pages * units, -1) > 0.5
-        readings = present_PVR.shape[2]
-        places_M = torch.arange(per_unit * readings, device=pieces_PVD.device) // readings
-        present_LM = present_LM & (places_M < slots_L[:, None] * pieces)
-        dealt_LVKD = dealt_evenly(states_LMD, present_LM, slots_L, (slots, pieces + SPARE_TOKENS))
-        merged_LVD = sum(matrix(x) for matrix, x in zip(self.merge, dealt_LVKD.unbind(2), strict=False))
+        present_LM = present_LM & (piece_M < used_L[:, None] * pieces)
+        states_LMD = states_PVRD.reshape(pages * units, -1, width)
+        dealt_LVKD = dealt_evenly(states_LMD, present_LM, used_L, (slots, pieces + SPARE_TOKENS))
+        tokens = zip(self.merge, dealt_LVKD.unbind(dim=2), strict=False)
+        merged_LVD = torch.stack([matrix(states_LVD) for matrix, states_LVD in tokens]).sum(dim=0)
         return merged_LVD.reshape(pages, units * slots, width)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

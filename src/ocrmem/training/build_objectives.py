@@ -46,7 +46,9 @@ def build_objective_trainer(
     """Everything that a run with objectives needs: the corpora drawn, encoded and tokenised, and the trainer."""
     settings = config.objectives
     assert settings is not None
-    arguments = training_arguments(config, max_steps=settings.total_steps, per_device_train_batch_size=1)
+    # A thread that pins memory while a CUDA graph is captured is refused by CUDA, and ends the run; a row is small.
+    unpinned = {"dataloader_pin_memory": False, "accelerator_config": {"non_blocking": False}}
+    arguments = training_arguments(config, max_steps=settings.total_steps, per_device_train_batch_size=1, **unpinned)
     set_seed(arguments.seed)
     rival = None if settings.features == "ocr" else settings.features
     model, processor = build_model(config, rival=rival)
