@@ -1,4 +1,4 @@
-"""Objectives: the bank, the tasks, packed rows, and a run with the real LLM, encoder and corpora."""
+"""Objectives: the tasks, packed rows, and a run with the real LLM, encoder and corpora."""
 
 import copy
 import dataclasses
@@ -10,154 +10,23 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import tiny_batch, tiny_model
+from training.bank_parts import PAGE, PROSE, documents_of, memory_id, text_of
 
-from ocrmem.config.encoder import EncoderSettings
 from ocrmem.config.memory import MemorySettings
 from ocrmem.config.objectives import TASKS, ObjectiveSettings, Stage
 from ocrmem.config.train import TrainConfig, load_train_config
-from ocrmem.data.bank import BankDocument, build_bank
-from ocrmem.data.conversations import read_conversations
 from ocrmem.data.processor import MEMProcessor
-from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import ConfigError, DataError, SpliceError
 from ocrmem.model.adapter import read_manifest
-from ocrmem.model.llm import load_tokenizer
 from ocrmem.model.packed_attention import PACKED
-from ocrmem.render.renderer import Renderer
-from ocrmem.training.build import find_data, training_arguments
+from ocrmem.training.build import training_arguments
 from ocrmem.training.build_objectives import samplers
-from ocrmem.training.corpus import conversation_document
 from ocrmem.training.objectives import FORWARD_KEYS, distillation_loss, text_features, varying_share
 from ocrmem.training.optimizer import MuonAdamW
 from ocrmem.training.packing import PackedRows, fill, pack, token_slots
 from ocrmem.training.run import train
-from ocrmem.training.tasks import Frame, TaskSampler
+from ocrmem.training.tasks import TaskSampler
 from ocrmem.types import Message
-
-PROSE = (
-    "The geoid is the shape that the ocean surface would take under the influence of the gravity of Earth. It was "
-    "described in 1828 by Gauss, who called it the mathematical figure of the Earth.\nMost maps use an ellipsoid. "
-    "In Hamburg, heights were once measured from the level of the Elbe in 1899, as Friedrich wrote."
-)
-PAGE = {"page_width": 1600, "page_height": 384}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("smollm2-135m-instruct")
-
-
-@pytest.fixture(scope="module")
-def encoders():
-    """The whole encoder, 20 steps to a token, and the same cut four times as fine."""
-    fine = build_encoder(EncoderSettings(settings={"steps_per_token": 5}))
-    page = dataclasses.replace(fine.page, **PAGE)
-    made = [build_encoder(EncoderSettings(settings={"steps_per_token": steps}), page=page) for steps in (20, 5)]
-    return made[0].eval(), made[1].eval()
-
-
-@pytest.fixture(scope="module")
-def documents():
-    conversations = read_conversations(find_data("chitchat/heldout.jsonl"), max_conversations=2).conversations
-    return [BankDocument("prose", PROSE), *map(conversation_document, conversations)]
-
-
-@pytest.fixture(scope="module")
-def bank(documents, encoders, tokenizer, tmp_path_factory):
-    return build_bank(documents, encoder=encoders[1], tokenizer=tokenizer, folder=tmp_path_factory.mktemp("banks"))
-
-
-@pytest.fixture(scope="module")
-def frame(encoders, tokenizer):
-    processor = MEMProcessor(tokenizer, encoder=encoders[0], memory=MemorySettings(header=""))
-    return Frame(processor.chat_format)
-
-
-@pytest.fixture(scope="module")
-def sampler(bank, frame):
-    return TaskSampler(bank.joined(4), frame, memory_token_id=memory_id(frame))
-
-
-def memory_id(frame):
-    return frame.chat_format.tokenizer.convert_tokens_to_ids(frame.chat_format.memory_token)
-
-
-def documents_of(bank, units):
-    return (np.searchsorted(bank.first_unit_K, units, side="right") - 1).tolist()
-
-
-def text_of(bank, sample):
-    """What the memory of a sample shows: the text of its units, one after the other."""
-    found = zip(documents_of(bank, sample.units), sample.units, strict=True)
-    return "".join(bank.documents[k].text[bank.unit_start_U[unit] : bank.unit_end_U[unit]] for k, unit in found)
-
-
-def test_units_hold_the_text_once_and_in_order(bank, documents):
-    for number, document in enumerate(documents):
-        units = range(bank.first_unit_K[number], bank.first_unit_K[number] + bank.num_units_K[number])
-        found = "".join(document.text[bank.unit_start_U[unit] : bank.unit_end_U[unit]] for unit in units)
-        assert found == document.text
-        for unit in units:
-            chars = bank.slot_chars_UV[unit]
-            assert (np.diff(chars) >= 0).all()
-            assert chars[0] == bank.unit_start_U[unit]
-
-
-@torch.no_grad()
-def test_features_are_the_encoders_and_joining_only_regroups_them(bank, encoders):
-    whole, fine = encoders
-    (page,) = Renderer(whole.page).pages(PROSE)
-    pixels = torch.from_numpy(page.image_HW)[None]
-    expected = fine(pixels)[0, : page.num_lines * 40].to(torch.float16)
-    found = bank.features_UVE[: page.num_lines].reshape(-1, 600)
-    torch.testing.assert_close(found, expected, rtol=0, atol=4e-3)
-    joined = bank.joined(4)
-    assert joined.unit_tokens_U[: page.num_lines].sum() == whole.num_tokens(page)
-    expected = whole(pixels)[0, : page.num_lines * 10].to(torch.float16)
-    torch.testing.assert_close(joined.features_UVE[: page.num_lines].reshape(-1, 2400), expected, rtol=0, atol=4e-3)
-
-
-@torch.no_grad()
-def test_a_tail_is_the_line_up_to_its_cut(bank, documents, encoders):
-    found = [(k, cut, before, unit) for (k, cut), (before, unit) in bank.tails.items() if unit >= 0]
-    assert len(found) >= 8
-    for k, cut, before, unit in found[:3]:
-        first = bank.first_unit_K[k]
-        assert bank.unit_end_U[unit] == cut
-        assert bank.unit_start_U[unit] == bank.unit_start_U[first + before]
-        page = Renderer(encoders[1].page).pages(documents[k].text[:cut], start=int(bank.unit_start_U[unit]))[0]
-        expected = encoders[1](torch.from_numpy(page.image_HW)[None])[0, :40].to(torch.float16)
-        torch.testing.assert_close(bank.features_UVE[unit], expected, rtol=0, atol=4e-3)
-
-
-def test_a_bank_is_built_once_and_a_killed_build_is_not_read(documents, encoders, tokenizer, tmp_path, monkeypatch):
-    def build():
-        return build_bank(documents[:1], encoder=encoders[1], tokenizer=tokenizer, folder=tmp_path)
-
-    monkeypatch.setattr("ocrmem.data.bank.np.savez", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        build()
-    assert {path.suffix for path in tmp_path.iterdir()} == {".incomplete", ".lock"}
-    monkeypatch.undo()
-    first = build()
-    monkeypatch.setattr("ocrmem.data.bank._encode", lambda *_: pytest.fail("encoded twice"))
-    assert torch.equal(build().features_UVE, first.features_UVE)
-
-
-def test_a_bank_without_features_is_that_with_them_where_there_is_one(documents, encoders, tokenizer, tmp_path):
-    def build(encode):
-        return build_bank(documents[:1], encoder=encoders[1], tokenizer=tokenizer, folder=tmp_path, encode=encode)
-
-    assert build(False).features_UVE.shape[-1] == 0
-    encoded = build(True)
-    assert torch.equal(build(False).features_UVE, encoded.features_UVE)
-
-
-def test_worker_processes_build_the_same_bank(documents, encoders, tokenizer, bank, tmp_path):
-    other = build_bank(documents, encoder=encoders[1], tokenizer=tokenizer, folder=tmp_path, num_workers=2)
-    assert torch.equal(other.features_UVE, bank.features_UVE)
-    assert np.array_equal(other.token_ids_T, bank.token_ids_T)
-    assert other.tails == bank.tails
 
 
 @pytest.mark.parametrize("task", ["reconstruction", "continuation", "recall", "cloze", "reply"])
