@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ocrmem.errors import DataError
-from ocrmem.evaluation.report import check_schema, page, read_results, write_report
+from ocrmem.evaluation.report import check_schema, longest_trained, page, read_results, write_report
 
 
 def interval(mean, width=0.02):
@@ -123,6 +123,20 @@ def test_plots_are_there_and_the_same_every_time(tmp_path):
     assert {"memory, prose", "256 characters", "1,024 characters", "compression ratio"} <= drawn_text(
         first.parent / "fidelity" / "reading.svg"
     )
+
+
+def test_the_plot_on_reading_has_the_longest_trained_adapter_of_a_ratio(tmp_path):
+    short, long, other = results(), results(ratio=1.76), results("near-four", 3.5)
+    short["adapter"]["steps"] = 7
+    short["reading"][0]["token_accuracy"] = interval(0.1)
+    found = longest_trained(read_results(write(tmp_path / "r", a=long, b=short, c=other)))
+    assert sorted((row["num_chars"], row["ratio"]) for row in found) == [
+        (256, 1.76),
+        (256, 3.5),
+        (1024, 1.76),
+        (1024, 3.5),
+    ]
+    assert all(row["token_accuracy"]["mean"] > 0.5 for row in found)
 
 
 def test_lengths_that_were_not_read_aloud_are_said(tmp_path):

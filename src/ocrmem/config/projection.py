@@ -39,7 +39,7 @@ class ProjectionSettings:
     deal_tokens: bool = False
     """Deal out the tokens that were read evenly, in order, over the memory tokens of a line, in place of each memory
     token having those that begin in its own pixels, one here and four there; with `read_tokens` and `merge`. A memory
-    token keeps one more than it has pieces, each through a matrix of its own."""
+    token keeps one more than it has pieces, each through a matrix of its own, and covers other text than its pixels."""
     num_heads: int = 8
     """Heads of each attention layer; must divide the LLM's embedding width (kind `attention` alone)."""
 

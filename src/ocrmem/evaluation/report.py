@@ -367,8 +367,18 @@ def plots(results: Sequence[Results]) -> dict[str, Figure]:
         raise DataError(f"the plots need matplotlib ({error}). Install it: pip install 'ocrmem[plot]'") from error
     figures = {_using_plot(r): _using_figure(r.data["using"]) for r in results if r.data["using"]}
     if any(r.data["reading"] for r in results):
-        figures[READING_PLOT] = _reading_figure([row for r in results for row in r.data["reading"]])
+        figures[READING_PLOT] = _reading_figure(longest_trained(results))
     return figures
+
+
+def longest_trained(results: Sequence[Results]) -> list[Row]:
+    """Rows on reading, one for each arm, source, length and ratio to a tenth: a line through adapters of one ratio
+    would tell nothing, so of those it is the one with the most steps. The page's tables have all."""
+    rows: dict[tuple[Any, ...], Row] = {}
+    for result in sorted(results, key=lambda result: result.data["adapter"]["steps"]):
+        for row in result.data["reading"]:
+            rows[row["arm"], row["source"], row["num_chars"], round(row["ratio"], 1)] = row
+    return list(rows.values())
 
 
 def svg(figure: Figure) -> str:
