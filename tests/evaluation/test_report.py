@@ -129,6 +129,7 @@ def test_the_plot_on_reading_has_the_longest_trained_adapter_of_a_ratio(tmp_path
     short, long, other = results(), results(ratio=1.76), results("near-four", 3.5)
     short["adapter"]["steps"] = 7
     short["reading"][0]["token_accuracy"] = interval(0.1)
+    short["reading"].append(reading("mean-pooling", 256, 0.1, 1.75))
     found = longest_trained(read_results(write(tmp_path / "r", a=long, b=short, c=other)))
     assert sorted((row["num_chars"], row["ratio"]) for row in found) == [
         (256, 1.76),

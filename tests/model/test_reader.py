@@ -20,7 +20,7 @@ from ocrmem.training.objectives import covered_embeddings
 def random_reader(read_tokens: int = 2, *, sharp: bool = False) -> VocabularyReader:
     torch.manual_seed(0)
     table_CD = torch.randn(11, 8) * 0.1
-    reader = VocabularyReader(table_CD, embedding_rms=0.1, read_tokens=read_tokens)
+    reader = VocabularyReader(table_CD, read_tokens=read_tokens)
     with torch.no_grad():
         for reading in reader.readings:
             torch.nn.init.normal_(reading.none_D)
@@ -34,9 +34,20 @@ def test_a_piece_gets_the_embedding_that_it_is_read_as():
     reader.readings[0].none_D.data.zero_()
     wanted_PVD = reader.embeddings_CD[torch.tensor([[2, 7, 2]])]
     read_PVRD, present_PVR, nothing = reader(3 * wanted_PVD)
-    torch.testing.assert_close(read_PVRD[:, :, 0], wanted_PVD / 0.1, rtol=1e-3, atol=1e-3)
+    rms = reader.embeddings_CD.square().mean().sqrt()
+    torch.testing.assert_close(read_PVRD[:, :, 0], wanted_PVD / rms, rtol=1e-3, atol=1e-3)
     assert (present_PVR > 0.99).all()
     assert nothing is None
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3_text"])
+def test_what_is_read_has_one_size_whatever_the_llm_makes_of_its_embeddings(family):
+    """Gemma multiplies its embeddings by the root of their width; the table has them as they are stored."""
+    reader = tiny_model(family, kind="attention", read_tokens=1).proj.reader
+    with torch.no_grad():
+        reader.readings[0].log_scale.fill_(8.0)
+        read_PVRD, *_ = reader(reader.embeddings_CD[None, :90])
+    assert read_PVRD.square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
 
 
 def test_a_piece_that_is_read_as_none_gets_nothing():
@@ -68,7 +79,7 @@ def test_the_loss_is_the_cross_entropy_of_each_reading_of_the_pieces_in_use():
 def test_the_loss_has_no_end_below_zero_in_lower_precision():
     """Whatever is rounded, the target's share of all shares is no more than 1."""
     torch.manual_seed(0)
-    reader = VocabularyReader(torch.randn(50, 64), embedding_rms=1.0, read_tokens=1)
+    reader = VocabularyReader(torch.randn(50, 64), read_tokens=1)
     with torch.no_grad():
         reader.readings[0].log_scale.fill_(7.0)
     pieces_ND = reader.embeddings_CD.repeat(20, 1) + 0.01 * torch.randn(1000, 64)
@@ -247,6 +258,11 @@ def test_a_page_is_dealt_line_by_line_and_the_last_as_far_as_it_goes():
     torch.testing.assert_close(proj(changed, used_P)[1, :6], memory_PVD[1, :6])
     fine = proj(features_PVE.reshape(2, 24, 3), used_P * 2)  # one piece to a memory token
     assert fine.shape == (2, 24, 8)
+    assert proj(features_PVE[:0], used_P[:0]).shape == (0, 12, 8)
+    with pytest.raises(
+        SpliceError, match="features of 4 pieces to a memory token, expected projection.pieces=2 at most"
+    ):
+        proj(torch.randn(1, 4, 12), torch.tensor([4]))
     with pytest.raises(SpliceError, match="a page has 10 pieces, 2 to a memory token; .* whole units of 8 pieces"):
         proj(features_PVE[:, :5], torch.tensor([5, 5]))
 

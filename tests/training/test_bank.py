@@ -75,3 +75,14 @@ def test_worker_processes_build_the_same_bank(documents, encoders, tokenizer, ba
     assert torch.equal(other.features_UVE, bank.features_UVE)
     assert np.array_equal(other.token_ids_T, bank.token_ids_T)
     assert other.tails == bank.tails
+
+
+def test_a_line_that_ends_early_leaves_its_blank_on_the_page(bank):
+    last = [int(bank.first_unit_K[k] + bank.num_units_K[k] - 1) for k in range(len(bank.documents))]
+    short = next(unit for unit in last if bank.unit_tokens_U[unit] < bank.tokens_per_unit)
+    own = int(bank.unit_tokens_U[short])
+    assert bank.tokens_on([short]) == own
+    assert bank.tokens_on([0, short]) == bank.tokens_per_unit + own
+    assert bank.tokens_on([short, 0]) == bank.tokens_per_unit + bank.unit_tokens_U[0]
+    units = [short] * (bank.units_per_page + 1)
+    assert [len(page) for page in bank.pages_of(units)] == [bank.units_per_page, 1]

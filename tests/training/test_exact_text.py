@@ -18,12 +18,14 @@ from ocrmem.training import tasks
 from ocrmem.training.build import find_data
 from ocrmem.training.build_objectives import evaluation_rows
 from ocrmem.training.corpus import read_corpora
-from ocrmem.training.exact_text import exact_ids, units_in_exchange
+from ocrmem.training.exact_text import exact_ids
 from ocrmem.training.packing import PackedRows
 from ocrmem.training.tasks import Frame, TaskSampler
 
-WITHOUT = "9ccda0dadfa048d3f2f1781acebb07acb0a1fb3e33c9e25ab9011140de24ca72"
-"""SHA-256 of samples of every task from before there was exact text, and of the generator's state behind them."""
+WITHOUT = "eabf9fb0ae6d06bada4b012b308bd5c1aed1ca40d4211aa57deddbde72b26a24"
+"""SHA-256 of samples of every task without exact text, and of the generator's state behind them."""
+AS_BEFORE = "9ccda0dadfa048d3f2f1781acebb07acb0a1fb3e33c9e25ab9011140de24ca72"
+"""The same from before there was exact text, when lines that end early were counted short in the middle of a page."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,11 @@ def behind_memory(sampler, sample):
     return rest[: rest.index(end)]
 
 
-def test_without_it_samples_are_as_they_were(sampler):
+@pytest.mark.parametrize("expected", [WITHOUT, AS_BEFORE], ids=["now", "before"])
+def test_without_it_samples_are_as_they_were(sampler, monkeypatch, expected):
+    if expected == AS_BEFORE:
+        counted_short = lambda bank, page: int(bank.unit_tokens_U[list(page)].sum())  # noqa: E731
+        monkeypatch.setattr(type(sampler.bank), "tokens_on", counted_short)
     digest = hashlib.sha256()
     for task in TASKS:
         rng = np.random.default_rng(7)
@@ -65,7 +71,11 @@ def test_without_it_samples_are_as_they_were(sampler):
             if sample.teacher_ids_T is not None:
                 digest.update(sample.teacher_ids_T.tobytes())
         digest.update(rng.random(4).tobytes())
-    assert digest.hexdigest() == WITHOUT
+    assert digest.hexdigest() == expected
+
+
+def num_tokens(bank, units):
+    return sum(map(bank.tokens_on, bank.pages_of(units)))
 
 
 @pytest.mark.parametrize("task", ["recall", "cloze", "reply"])
@@ -76,7 +86,7 @@ def test_it_stands_behind_the_memory_in_place_of_the_oldest_units(task, sampler)
         plain, sample = (drawn(sampler, task, seed, min_units=6, exact=exact) for exact in (0.0, 1.0))
         exact = behind_memory(sampler, sample)
         placeholders = sample.input_ids_T == sampler.memory_token_id
-        assert placeholders.sum() == bank.unit_tokens_U[sample.units].sum()
+        assert placeholders.sum() == num_tokens(bank, sample.units)
         assert np.diff(placeholders.nonzero()[0]).max(initial=1) == 1
         assert np.array_equal(sample.input_ids_T[sample.labelled_T], plain.input_ids_T[plain.labelled_T])
         assert (sample.teacher_ids_T is None) == (plain.teacher_ids_T is None)
@@ -87,16 +97,17 @@ def test_it_stands_behind_the_memory_in_place_of_the_oldest_units(task, sampler)
             continue
         left_out = plain.units[: len(plain.units) - len(sample.units)]
         assert sample.units == plain.units[len(left_out) :]
-        spared = bank.unit_tokens_U[left_out]
-        assert spared[:-1].sum() < len(exact) <= spared.sum()
-        assert len(sample.input_ids_T) == len(plain.input_ids_T) - spared.sum() + len(exact)
+        whole = num_tokens(bank, plain.units)
+        *fewer, spared = (whole - num_tokens(bank, plain.units[number:]) for number in range(len(left_out) + 1))
+        assert max(fewer) < len(exact) <= spared
+        assert len(sample.input_ids_T) == len(plain.input_ids_T) - spared + len(exact)
         head = sampler.frame.head
         body = [token for token in sample.input_ids_T[len(head) :] if token != sampler.memory_token_id]
         assert body[: len(exact)] == exact
         assert body[len(exact) :] == [t for t in plain.input_ids_T[len(head) :] if t != sampler.memory_token_id]
         text = tokenizer.decode(exact)
         assert text.startswith("\n\n")
-        assert len(exact) < 0.375 * bank.unit_tokens_U[plain.units].sum() + 6
+        assert len(exact) < 0.375 * whole + 6
         seen.append(text)
     assert len(seen) >= 8
     assert any(LEDGER_HEADING in text or RECALL_HEADING in text for text in seen)
@@ -150,11 +161,6 @@ def test_what_it_holds(sampler):
     assert counts["recalled"] / number == pytest.approx(0.75, abs=0.07)
     assert counts["both"] / number == pytest.approx(0.5, abs=0.07)
     assert counts["headings"] / number == pytest.approx(0.5, abs=0.07)
-
-
-def test_units_in_exchange():
-    tokens_U = np.array([5, 5, 5, 2], dtype=np.int16)
-    assert [units_in_exchange(tokens_U, number) for number in (0, 1, 5, 6, 15, 16, 99)] == [0, 1, 1, 2, 3, None, None]
 
 
 def test_held_out_rows_have_none(sampler, monkeypatch):

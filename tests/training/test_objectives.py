@@ -40,7 +40,7 @@ def test_samples_of_every_task(task, sampler, tokenizer):
         )
         assert np.array_equal(sample.input_ids_T, again.input_ids_T)
         placeholders = sample.input_ids_T == sampler.memory_token_id
-        assert placeholders.sum() == bank.unit_tokens_U[sample.units].sum()
+        assert placeholders.sum() == sum(map(bank.tokens_on, bank.pages_of(sample.units)))
         places = documents_of(bank, sample.units)
         text = "".join(bank.documents[k].text for k in sorted(set(places)))
         answers = tokenizer.decode(sample.input_ids_T[sample.labelled_T]).split("<|im_end|>")
@@ -169,6 +169,13 @@ def test_a_warm_start_takes_its_share_from_the_lexicon(bank, frame, share):
     found = np.mean(np.array(documents_of(bank, units[units >= 0].tolist())) == 1)
     of_all = bank.num_units_K[1] / bank.num_units_K.sum()
     assert found == pytest.approx(share + (1 - share) * of_all, abs=0.15)
+    if share:
+        none = PackedRows(
+            {4: TaskSampler(bank.joined(4), frame, memory_token_id=memory_id(frame))},
+            settings, seed=0, rows_per_step=1, pad_token_id=0,
+        )  # fmt: skip
+        with pytest.raises(DataError, match=f"warm_start_lexicon={share}, and no document of the lexicon has 1 units"):
+            none[0]
     with pytest.raises(ConfigError, match="warm_start_lexicon=0.5 with lexicon=0.0: expected a share from 0 to 1"):
         dataclasses.replace(settings, warm_start_lexicon=0.5, lexicon=0.0)
 

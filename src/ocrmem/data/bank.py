@@ -79,7 +79,7 @@ class Bank:
     unit_start_U: np.ndarray
     unit_end_U: np.ndarray
     unit_tokens_U: np.ndarray
-    """Memory tokens in use; fewer than a full unit's only where the text ends."""
+    """Memory tokens in use; fewer than a full unit's where the text or its page ends."""
     slot_chars_UV: np.ndarray
     """First character under each memory token of a unit; the unit's end where there is none."""
     tails: dict[tuple[int, int], tuple[int, int]]
@@ -93,6 +93,16 @@ class Bank:
     def tokens_per_unit(self) -> int:
         """Memory tokens of one full unit."""
         return self.features_UVE.shape[1]
+
+    def pages_of(self, units: Sequence[int]) -> list[Sequence[int]]:
+        """Units one after the other as they fill pages."""
+        size = self.units_per_page
+        return [units[begin : begin + size] for begin in range(0, len(units), size)]
+
+    def tokens_on(self, page: Sequence[int]) -> int:
+        """Memory tokens in use on a page of these units: of the last one its own, of those before it all, since what a
+        shorter one leaves blank is on the page too."""
+        return (len(page) - 1) * self.tokens_per_unit + int(self.unit_tokens_U[page[-1]])
 
     def joined(self, pieces: int) -> Bank:
         """The same bank with every `pieces` neighbouring memory tokens as one."""

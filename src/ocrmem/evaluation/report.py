@@ -372,13 +372,19 @@ def plots(results: Sequence[Results]) -> dict[str, Figure]:
 
 
 def longest_trained(results: Sequence[Results]) -> list[Row]:
-    """Rows on reading, one for each arm, source, length and ratio to a tenth: a line through adapters of one ratio
-    would tell nothing, so of those it is the one with the most steps. The page's tables have all."""
-    rows: dict[tuple[Any, ...], Row] = {}
+    """Rows on reading, of one file for each ratio, to a tenth, and length: a line through adapters of one ratio would
+    tell nothing, so of those it is the one with the most steps, and a rival is drawn beside the memory that was
+    evaluated with it. The page's tables have all."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for result in sorted(results, key=lambda result: result.data["adapter"]["steps"]):
-        for row in result.data["reading"]:
-            rows[row["arm"], row["source"], row["num_chars"], round(row["ratio"], 1)] = row
-    return list(rows.values())
+        reading = result.data["reading"]
+        ratios = {(r["source"], r["num_chars"]): round(r["ratio"], 1) for r in reading if r["arm"] == MEMORY_ARM}
+        rows: dict[tuple[Any, ...], list[Row]] = {}
+        for row in reading:
+            key = (row["source"], row["num_chars"])
+            rows.setdefault((*key, ratios.get(key)), []).append(row)
+        found.update(rows)
+    return [row for rows in found.values() for row in rows]
 
 
 def svg(figure: Figure) -> str:

@@ -160,7 +160,8 @@ def load_projection(
     Args:
         start: take a file of fewer merged pieces, or one that reads no tokens, too, to start training from it: the
             matrices of the pieces that it lacks and those that add what is read are zeros, so that the projection
-            begins as the one in the file.
+            begins as the one in the file; but for `deal_tokens`, where the matrices of pieces become those of tokens
+            and it begins near it, once it can read.
         put: puts checked weights into the projection, where several processes share it; None: `load_state_dict`.
 
     Raises:
@@ -204,7 +205,7 @@ def load_projection(
 
 
 def _begun(proj: nn.Module, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of what a smaller projection's file has none of, so that they change nothing of what it gives."""
+    """Weights of what a smaller projection's file has none of: zeros where they add something, else as they are."""
     own, begun = proj.state_dict(), {}
     if "merge.0.weight" in found:
         pieces = sum(key.startswith("merge.") for key in found)

@@ -102,7 +102,7 @@ class Projection(nn.Module):
                     "got none. Where DeepSpeed's ZeRO-3 shares out weights while they are loaded, load the LLM "
                     "without it."
                 )
-            self.reader = VocabularyReader(embeddings_CD, embedding_rms=embedding_rms, read_tokens=settings.read_tokens)
+            self.reader = VocabularyReader(embeddings_CD, read_tokens=settings.read_tokens)
         matrices = [
             nn.Linear(embedding_width, embedding_width, bias=False, dtype=torch.float32)
             for _ in range(settings.merge * (settings.pieces + SPARE_TOKENS * settings.deal_tokens))
@@ -184,14 +184,18 @@ class Projection(nn.Module):
                 "those of every piece of every memory token."
             )
 
+    def _check_pieces(self, matrices: int, pieces: int) -> None:
+        if matrices > len(self.merge):
+            most = len(self.merge) - (matrices - pieces)
+            raise SpliceError(
+                f"features of {pieces} pieces to a memory token, expected projection.pieces={most} at most."
+            )
+
     def _merged(self, pieces_PVD: torch.Tensor, pieces: int) -> torch.Tensor:
         """Every `pieces` neighbours as one, by `ProjectionSettings.merge`; the first matrix is the last piece's."""
         if not self.merge:
             return pieces_PVD[:, pieces - 1 :: pieces]
-        if pieces > len(self.merge):
-            raise SpliceError(
-                f"features of {pieces} pieces to a memory token, expected projection.pieces={len(self.merge)} at most."
-            )
+        self._check_pieces(pieces, pieces)
         last_first = [pieces_PVD[:, pieces - 1 - number :: pieces] for number in range(pieces)]
         return torch.stack([matrix(x) for matrix, x in zip(self.merge, last_first, strict=False)]).sum(dim=0)
 
@@ -206,6 +210,7 @@ class Projection(nn.Module):
         """Memory tokens of the tokens that were read, by `ProjectionSettings.deal_tokens`; the first matrix is that of
         the last token of a memory token."""
         pages, count, readings, width = states_PVRD.shape
+        self._check_pieces(pieces + SPARE_TOKENS, pieces)
         if count % per_unit or per_unit % pieces:
             raise SpliceError(
                 f"a page has {count} pieces, {pieces} to a memory token; to deal out what is read, expected whole "
@@ -218,9 +223,9 @@ class Projection(nn.Module):
             used_PU = (page_num_tokens_P[:, None] - begins_U).clamp(0, slots)
         used_L = used_PU.flatten()
         piece_M = torch.arange(per_unit * readings, device=used_L.device) // readings
-        present_LM = present_PVR.reshape(pages * units, -1) > 0.5
+        present_LM = present_PVR.reshape(pages * units, per_unit * readings) > 0.5
         present_LM = present_LM & (piece_M < used_L[:, None] * pieces)
-        states_LMD = states_PVRD.reshape(pages * units, -1, width)
+        states_LMD = states_PVRD.reshape(pages * units, per_unit * readings, width)
         dealt_LVKD = dealt_evenly(states_LMD, present_LM, used_L, (slots, pieces + SPARE_TOKENS))
         tokens = zip(self.merge, dealt_LVKD.unbind(dim=2), strict=False)
         merged_LVD = torch.stack([matrix(states_LVD) for matrix, states_LVD in tokens]).sum(dim=0)

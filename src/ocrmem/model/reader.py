@@ -22,18 +22,18 @@ class VocabularyReader(nn.Module):
     """Gives the embeddings of the text tokens that each piece is read as.
 
     Args:
-        embeddings_CD: the LLM's input embeddings, frozen; kept in float32, and no part of an adapter.
-        embedding_rms: their root mean square.
+        embeddings_CD: the LLM's input embeddings, frozen; kept in float32, and no part of an adapter. What is read of
+            them is scaled to a root mean square of 1.
         read_tokens: how many tokens are read of a piece, in the order of the text.
     """
 
     embeddings_CD: torch.Tensor
 
-    def __init__(self, embeddings_CD: torch.Tensor, *, embedding_rms: float, read_tokens: int) -> None:
+    def __init__(self, embeddings_CD: torch.Tensor, *, read_tokens: int) -> None:
         super().__init__()
         self.readings = nn.ModuleList(TokenReading(embeddings_CD.shape[1]) for _ in range(read_tokens))
-        self.scale = 1 / embedding_rms
         table = embeddings_CD.detach().to(torch.float32, copy=True)
+        self.scale = 1.0 if table.is_meta else float(table.square().mean().rsqrt())
         self.register_buffer("embeddings_CD", table, persistent=False)
 
     def forward(

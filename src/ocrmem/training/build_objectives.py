@@ -52,6 +52,12 @@ def build_objective_trainer(
     set_seed(arguments.seed)
     rival = None if settings.features == "ocr" else settings.features
     model, processor = build_model(config, rival=rival)
+    if settings.warm_start_steps and not settings.warm_start_weight and model.proj.reader is None:
+        raise ConfigError(
+            f"objectives.warm_start_steps={settings.warm_start_steps} with warm_start_weight=0 learns nothing in a "
+            "projection that reads no tokens. Set projection.read_tokens (rivals have none), a weight above 0, or no "
+            "steps."
+        )
     model.to(arguments.device)  # pyright: ignore[reportArgumentType] - a device, whatever the decorator says
     frame = Frame(processor.chat_format)
     encoder = model.ocr_embed.drawn if isinstance(model.ocr_embed, RivalEncoder) else model.ocr_embed

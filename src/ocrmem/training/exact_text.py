@@ -55,13 +55,3 @@ def ids_behind_memory(parts: Sequence[str], chat_format: ChatFormat) -> list[int
     """Token ids of texts behind a memory, as `Memory` writes them; empty ones are left out."""
     text = "".join(BETWEEN + part for part in parts if part)
     return chat_format.ids(chat_format.clean(text)) if text else []
-
-
-def units_in_exchange(tokens_U: np.ndarray, number: int) -> int | None:
-    """How many of a memory's oldest units have `number` tokens or more together; None where they would be all.
-
-    Args:
-        tokens_U: tokens of its units.
-    """
-    left_out = int(np.searchsorted(np.cumsum(tokens_U), number)) + 1 if number else 0
-    return left_out if left_out < len(tokens_U) else None

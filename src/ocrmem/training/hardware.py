@@ -68,7 +68,7 @@ def bytes_needed(model: MEMModel, *, shares: int = 1) -> dict[str, int]:
     """Bytes that training takes on one device before any activation, by part.
 
     The frozen parts have neither gradient nor optimizer state; the projection has both in float32: 4 bytes of weight,
-    4 of gradient and 8 of AdamW's moments for each parameter.
+    4 of gradient and 8 of AdamW's moments for each parameter; and what it reads of the LLM's embeddings once.
 
     Args:
         shares: processes over which FSDP or ZeRO-3 spreads the LLM.
@@ -76,7 +76,7 @@ def bytes_needed(model: MEMModel, *, shares: int = 1) -> dict[str, int]:
     return {
         "LLM": _bytes(model.base_llm_model) // shares,
         "encoder": _bytes(model.ocr_embed),
-        "projection with gradient and AdamW": 4 * _bytes(model.proj),
+        "projection with gradient and AdamW": _bytes(model.proj) + 3 * _learned(model),
     }
 
 
@@ -173,12 +173,11 @@ def step_memory(
     num_layers = config.num_hidden_layers
     inputs = num_layers * positions * config.hidden_size * size
     activations = inputs + layer if checkpointing else num_layers * layer
-    learned = sum(parameter.numel() * parameter.itemsize for parameter in model.proj.parameters())
     return StepMemory(
-        weights=sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
+        weights=_bytes(model),
         activations=activations,
         logits=labels * config.vocab_size * (size + 4 + 4),
-        projection=3 * learned,
+        projection=3 * _learned(model),
     )
 
 
@@ -219,6 +218,10 @@ def out_of_memory(model: MEMModel, inputs: dict[str, Any], *, error: BaseExcepti
         f"labelled, needs {needed}{has}. To lower it, {'; '.join(ways)}. Start the same command again, and it goes on "
         "from the last checkpoint."
     )
+
+
+def _learned(model: MEMModel) -> int:
+    return sum(parameter.numel() * parameter.itemsize for parameter in model.proj.parameters())
 
 
 def _bytes(module: torch.nn.Module) -> int:

@@ -99,6 +99,11 @@ class PackedRows(Dataset[dict[str, Any]]):
                 "warm start uses too. Lower it, or give longer documents."
             )
         lexicon = self.settings.warm_start_lexicon
+        if lexicon and not sampler.has("shuffled", stage.min_units):
+            raise DataError(
+                f"objectives.warm_start_lexicon={lexicon}, and no document of the lexicon has {stage.min_units} units, "
+                "the min_units of the first stage, which the warm start uses too. Lower min_units, or set it to 0."
+            )
         while total < self.settings.packed_length:
             found = sampler.run(rng, stage, pool="shuffled" if lexicon and rng.random() < lexicon else "all")
             if found is not None:
@@ -253,12 +258,11 @@ def memory_part(
         none; for a rival `slots` int32 [P, V, tokens] as `rival_slots` gives them, and where asked for, as `slots`
         says; `memory_token_ids` int32 [P, V × pieces, tokens], those under each piece's.
     """
-    size = bank.units_per_page
-    pages = [list(units[begin : begin + size]) for units in runs for begin in range(0, len(units), size)]
+    pages = [list(page) for units in runs for page in bank.pages_of(units)]
     width = max(map(len, pages))
     units_PU = np.array([page + [-1] * (width - len(page)) for page in pages], dtype=np.int64)
     batch = {
-        "page_num_tokens": torch.tensor([int(bank.unit_tokens_U[page].sum()) for page in pages]),
+        "page_num_tokens": torch.tensor([bank.tokens_on(page) for page in pages]),
         "num_pages": torch.tensor([len(pages)]),
         "units": torch.from_numpy(units_PU),
     }

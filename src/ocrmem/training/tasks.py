@@ -21,7 +21,7 @@ from ocrmem.config.objectives import Stage, share_of
 from ocrmem.data.bank import Bank
 from ocrmem.errors import ConfigError, DataError
 from ocrmem.memory.chat_format import ChatFormat
-from ocrmem.training.exact_text import MIN_UNITS, exact_ids, units_in_exchange
+from ocrmem.training.exact_text import MIN_UNITS, exact_ids
 from ocrmem.types import Message
 
 REPEAT = (
@@ -209,6 +209,14 @@ class TaskSampler:
         first = int(rng.integers(count - length + 1))
         return document, first, first + length
 
+    def has(self, pool: str, units: int) -> bool:
+        """Whether a document of a pool (see `run`) has so many units."""
+        cumulated = self._pools[pool]
+        if cumulated is None:
+            return False
+        inside = np.diff(cumulated, prepend=0) > 0
+        return bool((self.bank.num_units_K[inside] >= units).any())
+
     def _reconstruction(self, rng: np.random.Generator, stage: Stage) -> Sample | None:
         run = self.run(rng, stage)
         if run is None:
@@ -357,12 +365,17 @@ class TaskSampler:
         of the oldest units, recalled for one of the questions."""
         if not stage.exact or len(units) < MIN_UNITS or rng.random() >= stage.exact:
             return units, []
-        tokens_U = self.bank.unit_tokens_U[units]
         question = questions[int(rng.integers(len(questions)))]
-        chat_format = self.frame.chat_format
-        exact = exact_ids(texts, question, num_tokens=int(tokens_U.sum()), chat_format=chat_format, rng=rng)
-        left_out = units_in_exchange(tokens_U, len(exact))
+        chat_format, whole = self.frame.chat_format, self._num_tokens(units)
+        exact = exact_ids(texts, question, num_tokens=whole, chat_format=chat_format, rng=rng)
+        if not exact:
+            return units, []
+        spared = (number for number in range(1, len(units)) if whole - self._num_tokens(units[number:]) >= len(exact))
+        left_out = next(spared, None)
         return (units, []) if left_out is None else (units[left_out:], exact)
+
+    def _num_tokens(self, units: list[int]) -> int:
+        return sum(map(self.bank.tokens_on, self.bank.pages_of(units)))
 
     def _build(
         self,
@@ -389,7 +402,7 @@ class TaskSampler:
                 body += self.frame.end_tail
                 labelled += [False] * len(self.frame.end_tail)
         head = self.bare_head if bare else self.frame.head
-        memory = [self.memory_token_id] * int(self.bank.unit_tokens_U[units].sum())
+        memory = [self.memory_token_id] * self._num_tokens(units)
 
         def join(middle: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
             ids = np.array([*head, *middle, *body], dtype=np.int64)
