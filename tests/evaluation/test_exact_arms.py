@@ -6,7 +6,7 @@ from memory.parts import chitchat, make_processor
 
 from ocrmem.data.processor import stack_pages
 from ocrmem.evaluation.arms import Context
-from ocrmem.evaluation.exact_arms import EXACT_ARMS, exact_context, tokens_per_unit, without_oldest
+from ocrmem.evaluation.exact_arms import EXACT_ARMS, exact_context, without_oldest
 from ocrmem.evaluation.probes import Probe
 from ocrmem.evaluation.scoring import make_prompt
 from ocrmem.memory.history import history_text
@@ -48,7 +48,7 @@ def test_no_more_tokens_than_the_memory(arm):
             features_PVE = processor.encoder(stack_pages(pages, processor.encoder))
         ids, features, left = exact_context(arm, probe, features_PVE, counts, processor=processor)
         assert len(ids) + sum(left) <= sum(counts)
-        assert sum(counts) - sum(left) < len(ids) + tokens_per_unit(processor)
+        assert sum(counts) - sum(left) < len(ids) + processor.encoder.tokens_per_unit
         assert features[-1, : left[-1]].equal(features_PVE[-1, counts[-1] - left[-1] : counts[-1]])
         text = processor.tokenizer.decode(ids)
         assert "XK-7731-B" in text

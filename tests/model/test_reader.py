@@ -1,5 +1,7 @@
 """The projection that reads text tokens: what is added, what it learns from, what an adapter holds of it."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -301,6 +303,20 @@ def test_dealing_learns_through_every_matrix_and_goes_on_with_more_pieces(tmp_pa
     load_projection(model, tmp_path, start=True)
     assert len(model.proj.merge) == 5
     assert not model.proj.merge[3].weight.any()
+
+
+def test_an_adapter_that_deals_is_no_start_for_one_that_merges_pieces(tmp_path):
+    model = tiny_model(kind="attention")
+    settings = dataclasses.asdict(model.config.projection_settings)
+    model.config.projection = {**settings, "pieces": 2, "merge": True, "read_tokens": 2, "deal_tokens": True}
+    model.proj = dealing()
+    model.save_pretrained(tmp_path)
+    other = tiny_model(kind="attention")
+    other.proj = dealing(pieces=4, deal_tokens=False)
+    with pytest.raises(
+        CheckpointError, match=r"deals out the tokens .* Set projection.deal_tokens=true, or"
+    ):
+        load_projection(other, tmp_path, start=True)
 
 
 def test_dealing_needs_tokens_that_are_read():

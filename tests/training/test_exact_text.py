@@ -74,10 +74,6 @@ def test_without_it_samples_are_as_they_were(sampler, monkeypatch, expected):
     assert digest.hexdigest() == expected
 
 
-def num_tokens(bank, units):
-    return sum(map(bank.tokens_on, bank.pages_of(units)))
-
-
 @pytest.mark.parametrize("task", ["recall", "cloze", "reply"])
 def test_it_stands_behind_the_memory_in_place_of_the_oldest_units(task, sampler):
     bank, tokenizer = sampler.bank, sampler.frame.chat_format.tokenizer
@@ -86,7 +82,7 @@ def test_it_stands_behind_the_memory_in_place_of_the_oldest_units(task, sampler)
         plain, sample = (drawn(sampler, task, seed, min_units=6, exact=exact) for exact in (0.0, 1.0))
         exact = behind_memory(sampler, sample)
         placeholders = sample.input_ids_T == sampler.memory_token_id
-        assert placeholders.sum() == num_tokens(bank, sample.units)
+        assert placeholders.sum() == bank.num_tokens(sample.units)
         assert np.diff(placeholders.nonzero()[0]).max(initial=1) == 1
         assert np.array_equal(sample.input_ids_T[sample.labelled_T], plain.input_ids_T[plain.labelled_T])
         assert (sample.teacher_ids_T is None) == (plain.teacher_ids_T is None)
@@ -97,8 +93,8 @@ def test_it_stands_behind_the_memory_in_place_of_the_oldest_units(task, sampler)
             continue
         left_out = plain.units[: len(plain.units) - len(sample.units)]
         assert sample.units == plain.units[len(left_out) :]
-        whole = num_tokens(bank, plain.units)
-        *fewer, spared = (whole - num_tokens(bank, plain.units[number:]) for number in range(len(left_out) + 1))
+        whole = bank.num_tokens(plain.units)
+        *fewer, spared = (whole - bank.num_tokens(plain.units[number:]) for number in range(len(left_out) + 1))
         assert max(fewer) < len(exact) <= spared
         assert len(sample.input_ids_T) == len(plain.input_ids_T) - spared + len(exact)
         head = sampler.frame.head

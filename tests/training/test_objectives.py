@@ -40,7 +40,7 @@ def test_samples_of_every_task(task, sampler, tokenizer):
         )
         assert np.array_equal(sample.input_ids_T, again.input_ids_T)
         placeholders = sample.input_ids_T == sampler.memory_token_id
-        assert placeholders.sum() == sum(map(bank.tokens_on, bank.pages_of(sample.units)))
+        assert placeholders.sum() == bank.num_tokens(sample.units)
         places = documents_of(bank, sample.units)
         text = "".join(bank.documents[k].text for k in sorted(set(places)))
         answers = tokenizer.decode(sample.input_ids_T[sample.labelled_T]).split("<|im_end|>")

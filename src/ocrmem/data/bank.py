@@ -104,6 +104,10 @@ class Bank:
         shorter one leaves blank is on the page too."""
         return (len(page) - 1) * self.tokens_per_unit + int(self.unit_tokens_U[page[-1]])
 
+    def num_tokens(self, units: Sequence[int]) -> int:
+        """Memory tokens of a memory of these units."""
+        return sum(map(self.tokens_on, self.pages_of(units)))
+
     def joined(self, pieces: int) -> Bank:
         """The same bank with every `pieces` neighbouring memory tokens as one."""
         if pieces == 1:

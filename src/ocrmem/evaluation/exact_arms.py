@@ -64,13 +64,7 @@ def exact_context(
             )
         )
     ids = ids_behind_memory(parts, chat_format)
-    return ids, *without_oldest(features_PVE, page_num_tokens, len(ids), unit=tokens_per_unit(processor))
-
-
-def tokens_per_unit(processor: MEMProcessor) -> int:
-    """Memory tokens of the smallest run of lines that may be cut from a page and keeps its features."""
-    encoder = processor.encoder
-    return encoder.tokens_per_page * encoder.lines_per_unit // encoder.page.lines_per_page
+    return ids, *without_oldest(features_PVE, page_num_tokens, len(ids), unit=processor.encoder.tokens_per_unit)
 
 
 def without_oldest(

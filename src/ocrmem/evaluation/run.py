@@ -433,7 +433,7 @@ def _untrained(model: MEMModel, generator: torch.Generator) -> Projection:
             embedding_width=model.base_llm_model.config.get_text_config().hidden_size,
             embedding_rms=float(model.proj.embedding_rms),
             embeddings_CD=None if model.proj.reader is None else model.proj.reader.embeddings_CD,
-            tokens_per_unit=model.proj.tokens_per_unit,
+            tokens_per_unit=model.ocr_embed.tokens_per_unit,
         )
     return fresh.to(next(model.proj.parameters()).device).requires_grad_(False)
 

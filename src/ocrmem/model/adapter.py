@@ -185,6 +185,12 @@ def load_projection(
         for key, value in model.proj.state_dict().items()
     }
     if start:
+        if read_config(folder).projection_settings.deal_tokens and not model.config.projection_settings.deal_tokens:
+            raise CheckpointError(
+                f"adapter {str(folder)!r} deals out the tokens that it reads (projection.deal_tokens), and this "
+                "projection merges pieces, whose matrices are others. Set projection.deal_tokens=true, or start from "
+                "another adapter."
+            )
         found = {**_begun(model.proj, found), **found}
     wrong += [f"missing {key}" for key in wanted.keys() - found.keys()]
     wrong += [f"unexpected {key}" for key in found.keys() - wanted.keys()]

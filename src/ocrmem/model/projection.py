@@ -75,7 +75,6 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.feature_width = feature_width
-        self.tokens_per_unit = tokens_per_unit
         self.unit_pieces = tokens_per_unit * settings.pieces if settings.deal_tokens else None
         hidden_size = settings.hidden_size or embedding_width
         if feature_width % settings.pieces:

@@ -7,6 +7,7 @@ of 28 M numbers, which the LLM has. With it, it has to learn which of the table'
 from __future__ import annotations
 
 import math
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ class VocabularyReader(nn.Module):
         if torch.is_grad_enabled() or len(pieces_ND) <= CHUNK:
             read_NRD, present_NR, losses_N = self._read(pieces_ND, targets_NR)
         else:
-            targets = [None] * len(pieces_ND) if targets_NR is None else targets_NR.split(CHUNK)
+            targets = repeat(None) if targets_NR is None else targets_NR.split(CHUNK)
             parts = [self._read(*part) for part in zip(pieces_ND.split(CHUNK), targets, strict=False)]
             read_NRD, present_NR, losses_N = (torch.cat(found) for found in zip(*parts, strict=True))
         shape = pieces_PVD.shape[:2]

@@ -93,7 +93,7 @@ class PackedRows(Dataset[dict[str, Any]]):
         `slots`. The LLM is not run, so one position stands for its row."""
         runs: list[list[int]] = []
         total = 0
-        if not (sampler.bank.num_units_K >= stage.min_units).any():
+        if not sampler.has("all", stage.min_units):
             raise DataError(
                 f"no document of the corpora has {stage.min_units} units, the min_units of the first stage, which the "
                 "warm start uses too. Lower it, or give longer documents."

@@ -366,16 +366,14 @@ class TaskSampler:
         if not stage.exact or len(units) < MIN_UNITS or rng.random() >= stage.exact:
             return units, []
         question = questions[int(rng.integers(len(questions)))]
-        chat_format, whole = self.frame.chat_format, self._num_tokens(units)
+        chat_format, whole = self.frame.chat_format, self.bank.num_tokens(units)
         exact = exact_ids(texts, question, num_tokens=whole, chat_format=chat_format, rng=rng)
         if not exact:
             return units, []
-        spared = (number for number in range(1, len(units)) if whole - self._num_tokens(units[number:]) >= len(exact))
-        left_out = next(spared, None)
+        num_tokens = self.bank.num_tokens
+        enough = (n for n in range(1, len(units)) if whole - num_tokens(units[n:]) >= len(exact))
+        left_out = next(enough, None)
         return (units, []) if left_out is None else (units[left_out:], exact)
-
-    def _num_tokens(self, units: list[int]) -> int:
-        return sum(map(self.bank.tokens_on, self.bank.pages_of(units)))
 
     def _build(
         self,
@@ -402,7 +400,7 @@ class TaskSampler:
                 body += self.frame.end_tail
                 labelled += [False] * len(self.frame.end_tail)
         head = self.bare_head if bare else self.frame.head
-        memory = [self.memory_token_id] * self._num_tokens(units)
+        memory = [self.memory_token_id] * self.bank.num_tokens(units)
 
         def join(middle: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
             ids = np.array([*head, *middle, *body], dtype=np.int64)
