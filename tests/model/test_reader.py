@@ -313,9 +313,7 @@ def test_an_adapter_that_deals_is_no_start_for_one_that_merges_pieces(tmp_path):
     model.save_pretrained(tmp_path)
     other = tiny_model(kind="attention")
     other.proj = dealing(pieces=4, deal_tokens=False)
-    with pytest.raises(
-        CheckpointError, match=r"deals out the tokens .* Set projection.deal_tokens=true, or"
-    ):
+    with pytest.raises(CheckpointError, match=r"deals out the tokens .* Set projection.deal_tokens=true, or"):
         load_projection(other, tmp_path, start=True)
 
 
