@@ -20,6 +20,8 @@ from ocrmem.types import Page, TokenSpans
 
 PAGE = RenderSettings(page_width=28, page_height=15, line_height=5, font_size=5)
 VOCABULARY, PLACEHOLDER = 101, 97
+TOKENS = [f"{number * 7919 % 1009}" for number in range(VOCABULARY)]
+"""How its tokens are spelled."""
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 24,
@@ -120,7 +122,8 @@ def tiny_model(
     """A MEMModel of the tiny parts."""
     llm, encoder = tiny_llm(family, **llm_overrides), ConvEncoder()
     torch.manual_seed(seed)
-    return MEMModel(tiny_config(kind=kind, read_tokens=read_tokens), base_llm_model=llm, ocr_embed=encoder)
+    config = tiny_config(kind=kind, read_tokens=read_tokens)
+    return MEMModel(config, base_llm_model=llm, ocr_embed=encoder, vocabulary=TOKENS)
 
 
 def tiny_batch(

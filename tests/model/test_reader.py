@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import tiny_batch, tiny_model
+from memory.parts import shared_tokenizer
+from tiny import TOKENS, tiny_batch, tiny_model
 
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import CheckpointError, ConfigError, SpliceError
@@ -15,48 +16,113 @@ from ocrmem.model import reader as reader_module
 from ocrmem.model.adapter import load_projection
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.model.projection import Projection, compile_projection
-from ocrmem.model.reader import VocabularyReader, dealt_evenly
+from ocrmem.model.reader import LETTERS, VocabularyReader, dealt_evenly, spellings
 from ocrmem.training.objectives import covered_embeddings
 
 
-def random_reader(read_tokens: int = 2, *, sharp: bool = False) -> VocabularyReader:
+WORDS = ["the", "Ġof", "Ġ", "and", "ĠOf", "Ġoft", "a", "ing", "Ġ1", "1", "Ġoften"]
+
+
+def random_reader(read_tokens: int = 2) -> VocabularyReader:
     torch.manual_seed(0)
-    table_CD = torch.randn(11, 8) * 0.1
-    reader = VocabularyReader(table_CD, read_tokens=read_tokens)
+    reader = VocabularyReader(torch.randn(11, 8) * 0.1, read_tokens=read_tokens, vocabulary=WORDS)
     with torch.no_grad():
         for reading in reader.readings:
-            torch.nn.init.normal_(reading.none_D)
-            if sharp:
-                reading.log_scale.fill_(8.0)
+            torch.nn.init.normal_(reading.none_W)
     return reader
 
 
+def taught(reader: VocabularyReader, pieces_ND: torch.Tensor, keys_NW: torch.Tensor) -> None:
+    """Make the first reading's query of each piece, all at right angles, a key."""
+    seen_ND = F.rms_norm(pieces_ND, pieces_ND.shape[-1:])
+    with torch.no_grad():
+        reader.readings[0].query.weight.copy_(keys_NW.T @ seen_ND / pieces_ND.shape[1])
+        reader.readings[0].query.bias.zero_()
+        reader.readings[0].log_scale.fill_(6.0)
+
+
+def test_every_token_is_spelled_by_numbers_of_its_first_and_last_letters():
+    spelled_CL = spellings(["ab", "", None, "bbbbbbbb", "caabbbbbba", "bbbbbbbbbbbbbcab"], 7)
+    assert spelled_CL.dtype == torch.uint8
+    assert spelled_CL.tolist() == [
+        [2, 1, *[0] * 8],
+        [0] * 10,
+        [0] * 10,
+        [*[1] * 8, 0, 0],
+        [3, 2, 2, 1, 1, 1, 1, 1, 1, 2],
+        [*[1] * 8, 2, 1],
+        [0] * 10,
+    ]
+
+
+def test_more_letters_than_numbers_share_them():
+    letters = [chr(0x4E00 + number) * (400 - number) for number in range(300)]
+    numbers = spellings([letter[:1] for letter in letters] + ["一"] * 3, 303)[:, 0].tolist()
+    assert set(numbers) == set(range(1, LETTERS))
+    assert numbers[0] == 1
+    assert numbers[300:] == [1] * 3
+
+
+def test_hardly_two_tokens_of_smollm2_are_spelled_alike():
+    tokenizer = shared_tokenizer()
+    vocabulary = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    spelled_CL = spellings(vocabulary, len(tokenizer))
+    assert len(spelled_CL.unique(dim=0)) > 0.99 * len(vocabulary)
+
+
 def test_a_piece_gets_the_embedding_that_it_is_read_as():
-    reader = random_reader(1, sharp=True)
-    reader.readings[0].none_D.data.zero_()
-    wanted_PVD = reader.embeddings_CD[torch.tensor([[2, 7, 2]])]
-    read_PVRD, present_PVR, nothing = reader(3 * wanted_PVD)
-    rms = reader.embeddings_CD.square().mean().sqrt()
-    torch.testing.assert_close(read_PVRD[:, :, 0], wanted_PVD / rms, rtol=1e-3, atol=1e-3)
-    assert (present_PVR > 0.99).all()
-    assert nothing is None
+    reader = random_reader(1)
+    pieces_PVD = torch.eye(8)[None, :3]
+    reader.readings[0].none_W.data.zero_()
+    taught(reader, pieces_PVD[0], reader.keys_CW()[[2, 7, 2]])
+    wanted_VD = reader.embeddings_CD[[2, 7, 2]]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            read_PVRD, present_PVR, nothing = reader(pieces_PVD)
+        rms = reader.embeddings_CD.square().mean().sqrt()
+        torch.testing.assert_close(read_PVRD[0, :, 0], wanted_VD / rms, rtol=1e-3, atol=1e-3)
+        assert (present_PVR > 0.99).all()
+        assert nothing is None
+
+
+def test_a_token_that_was_never_seen_is_read_by_its_letters():
+    """Half of the vocabulary is in the training pieces, each drawn as its letters; the other half is read too."""
+    torch.manual_seed(0)
+    letters = "abcdefgh"
+    words = [a + b for a in letters for b in letters]
+    reader = VocabularyReader(torch.randn(64, 16), read_tokens=1, vocabulary=words)
+    drawn_ND = torch.stack([F.one_hot(torch.tensor([*map(letters.index, word)]), 8).flatten() for word in words])
+    ids_N = torch.arange(64)
+    seen_N = (ids_N // 8 + ids_N) % 2 == 0
+    optimizer = torch.optim.Adam(reader.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        reader(drawn_ND[None, seen_N].float(), None, ids_N[None, seen_N, None])[2].backward()
+        optimizer.step()
+    read_PVRD, *_ = reader(drawn_ND[None].float())
+    closest_N = torch.cdist(read_PVRD[0, :, 0], reader.value(reader.embeddings_CD * reader.scale)).argmin(1)
+    assert (closest_N == ids_N)[seen_N].all()
+    assert (closest_N == ids_N)[~seen_N].float().mean() > 0.9
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3_text"])
 def test_what_is_read_has_one_size_whatever_the_llm_makes_of_its_embeddings(family):
     """Gemma multiplies its embeddings by the root of their width; the table has them as they are stored."""
     reader = tiny_model(family, kind="attention", read_tokens=1).proj.reader
-    with torch.no_grad():
-        reader.readings[0].log_scale.fill_(8.0)
-        read_PVRD, *_ = reader(reader.embeddings_CD[None, :90])
-    assert read_PVRD.square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
+    pieces_ND = torch.linalg.qr(torch.randn(24, 24)).Q
+    taught(reader, pieces_ND, reader.keys_CW()[:24])
+    read_PVRD, *_ = reader(pieces_ND[None])
+    assert read_PVRD.square().mean().sqrt().item() == pytest.approx(1, abs=0.2)
 
 
 def test_a_piece_that_is_read_as_none_gets_nothing():
-    reader = random_reader(1, sharp=True)
-    pieces_PVD = torch.randn(1, 3, 8)
+    reader = random_reader(1)
+    pieces_PVD = torch.eye(8)[None, :3]
+    keys_CW = reader.keys_CW().detach()
+    none_W = torch.randn(192)
     with torch.no_grad():
-        reader.readings[0].none_D.copy_(9 * F.normalize(pieces_PVD[0, 1], dim=-1))
+        reader.readings[0].none_W.copy_(none_W)
+    taught(reader, pieces_PVD[0], torch.stack([keys_CW[3], none_W, keys_CW[4]]))
     read_PVRD, present_PVR, _ = reader(pieces_PVD)
     assert present_PVR[0, 1, 0] < 1e-3 < 0.99 < present_PVR[0, 0, 0]
     assert read_PVRD[0, 1].abs().max() < 1e-3
@@ -69,10 +135,15 @@ def test_the_loss_is_the_cross_entropy_of_each_reading_of_the_pieces_in_use():
     ids_PVT = torch.tensor([[[4, -1, -1], [-1, -1, -1], [0, 9, 3]], [[5, 6, -1], [1, 1, 1], [2, -1, -1]]])
     *_, loss = reader(pieces_PVD, torch.tensor([3, 1]), ids_PVT)
     expected = 0.0
+    letters = reader.letters.view(10, -1, 192)
+    spelled = reader.spellings_CL.tolist()
+    keys_CW = torch.stack([sum(letters[at, letter] for at, letter in enumerate(row)) for row in spelled])
+    keys_CW = keys_CW / keys_CW.norm(dim=1, keepdim=True)
     for page, piece in ((0, 0), (0, 1), (0, 2), (1, 0)):
         for number, reading in enumerate(reader.readings):
-            query_D = 20 * F.normalize(pieces_PVD[page, piece], dim=-1)
-            logits = torch.cat([F.normalize(reader.embeddings_CD, dim=-1) @ query_D, (query_D @ reading.none_D)[None]])
+            query_W = reading.query(pieces_PVD[page, piece] / pieces_PVD[page, piece].square().mean().sqrt())
+            query_W = 40 * query_W / query_W.norm()
+            logits = torch.cat([keys_CW @ query_W, (query_W @ reading.none_W)[None]])
             target = int(ids_PVT[page, piece, number])
             expected += F.cross_entropy(logits, torch.tensor(11 if target < 0 else target))
     torch.testing.assert_close(loss, expected / 4)
@@ -81,14 +152,15 @@ def test_the_loss_is_the_cross_entropy_of_each_reading_of_the_pieces_in_use():
 def test_the_loss_has_no_end_below_zero_in_lower_precision():
     """Whatever is rounded, the target's share of all shares is no more than 1."""
     torch.manual_seed(0)
-    reader = VocabularyReader(torch.randn(50, 64), read_tokens=1)
-    with torch.no_grad():
-        reader.readings[0].log_scale.fill_(7.0)
-    pieces_ND = reader.embeddings_CD.repeat(20, 1) + 0.01 * torch.randn(1000, 64)
+    reader = VocabularyReader(torch.randn(50, 64), read_tokens=1, vocabulary=[f"{n:02}" for n in range(50)])
+    keys_CW = reader.keys_CW().detach()
+    pieces_ND = torch.linalg.qr(torch.randn(64, 64)).Q[:50]
+    taught(reader, pieces_ND, keys_CW)
     targets_N1 = torch.arange(50).repeat(20)[:, None]
     with torch.autocast("cpu", torch.bfloat16):
-        *_, losses_N = reader._read(pieces_ND, targets_N1)
+        *_, losses_N = reader._read(pieces_ND.repeat(20, 1) + 0.001 * torch.randn(1000, 64), keys_CW, targets_N1)
     assert losses_N.min() >= 0
+    assert losses_N.max() < 1
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -120,10 +192,15 @@ def test_every_parameter_learns_and_the_table_stays(tmp_path):
     assert torch.equal(model.proj.reader.embeddings_CD, before.float())
     assert set(model._ddp_params_and_buffers_to_ignore) <= set(dict(model.named_buffers()))
     with torch.no_grad():
-        model.proj.reader.readings[1].none_D.add_(0.5)
+        model.proj.reader.readings[1].none_W.add_(0.5)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter.safetensors")
-    assert {"reader.readings.0.query.weight", "reader.readings.1.none_D"} <= set(stored)
+    assert {
+        "reader.readings.0.query.weight",
+        "reader.readings.1.none_W",
+        "reader.letters",
+        "reader.spellings_CL",
+    } <= set(stored)
     assert not [name for name in stored if "embeddings" in name]
     loaded = MEMModel.from_pretrained(tmp_path, base_llm_model=model.base_llm_model, ocr_embed=model.ocr_embed)
     torch.testing.assert_close(loaded(**batch).loss, model(**batch).loss)
@@ -185,8 +262,8 @@ def test_a_projection_that_reads_begins_as_one_that_does_not(tmp_path):
     batch = tiny_batch()
     torch.testing.assert_close(reads(**batch).loss, plain(**batch).loss)
     reads(**batch).loss.backward()
-    assert all(reading.value.weight.grad.any() for reading in reads.proj.reader.readings)
-    with pytest.raises(CheckpointError, match="missing reader.readings.0.log_scale; "):
+    assert reads.proj.reader.value.weight.grad.any()
+    with pytest.raises(CheckpointError, match="missing reader.letters; "):
         load_projection(reads, tmp_path)
 
 
@@ -205,6 +282,8 @@ def test_an_untrained_projection_reads_the_same_table():
     model = tiny_model(kind="attention", read_tokens=1)
     fresh = _untrained(model, torch.Generator().manual_seed(0))
     assert torch.equal(fresh.reader.embeddings_CD, model.proj.reader.embeddings_CD)
+    assert torch.equal(fresh.reader.spellings_CL, model.proj.reader.spellings_CL)
+    assert fresh.reader.spellings_CL.any()
     assert not torch.equal(fresh.linear1.weight, model.proj.linear1.weight)
 
 
@@ -245,7 +324,7 @@ def dealing(pieces=2, **changes):
     )
     torch.manual_seed(0)
     parts = {"feature_width": 3 * pieces, "embedding_width": 8, "embedding_rms": 0.1}
-    return Projection(settings, **parts, embeddings_CD=torch.randn(31, 8), tokens_per_unit=4)
+    return Projection(settings, **parts, embeddings_CD=torch.randn(31, 8), vocabulary=TOKENS, tokens_per_unit=4)
 
 
 def test_a_page_is_dealt_line_by_line_and_the_last_as_far_as_it_goes():

@@ -33,9 +33,9 @@ class ProjectionSettings:
     """Learn the size of each dimension of the memory tokens, from that of the LLM's embeddings on; otherwise every
     token has the RMS of the LLM's embeddings."""
     read_tokens: int = 0
-    """Read so many text tokens of each piece, each by a softmax over the LLM's own input embeddings, and give their
-    embeddings to the layers that follow; so that what the embeddings are need not be learnt, but only which of them
-    stand on the page (kind `attention` alone). Costs 4 × vocabulary × embedding width FLOP a piece and token."""
+    """Read so many text tokens of each piece, by the spelling of every token of the LLM's vocabulary, and give their
+    embeddings to the layers that follow; so that what the embeddings are need not be learnt, but only which letters
+    stand on the page (kind `attention` alone). Costs 2 × vocabulary × (embedding width + 192) FLOP a piece and token."""
     deal_tokens: bool = False
     """Deal out the tokens that were read evenly, in order, over the memory tokens of a line, in place of each memory
     token having those that begin in its own pixels, one here and four there; with `read_tokens` and `merge`. A memory

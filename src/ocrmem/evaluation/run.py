@@ -435,6 +435,8 @@ def _untrained(model: MEMModel, generator: torch.Generator) -> Projection:
             embeddings_CD=None if model.proj.reader is None else model.proj.reader.embeddings_CD,
             tokens_per_unit=model.ocr_embed.tokens_per_unit,
         )
+    if fresh.reader is not None and model.proj.reader is not None:
+        fresh.reader.spellings_CL.copy_(model.proj.reader.spellings_CL)
     return fresh.to(next(model.proj.parameters()).device).requires_grad_(False)
 
 

@@ -78,6 +78,8 @@ class MEMModel(PreTrainedModel):
         ocr_embed: the encoder. It is frozen in place.
         llm_name: where the LLM came from, recorded in the adapter; None: its `name_or_path`.
         llm_revision: hash or commit of it, recorded in the adapter.
+        vocabulary: its tokens by id, `tokenizer.convert_ids_to_tokens(range(len(tokenizer)))`, for
+            `projection.read_tokens` alone, which reads them by their spelling; None: as the adapter loaded has them.
 
     Raises:
         FrozenPartError: a frozen part has active dropout, or shares parameters with the projection.
@@ -106,6 +108,7 @@ class MEMModel(PreTrainedModel):
         ocr_embed: OCREncoder,
         llm_name: str | None = None,
         llm_revision: str = "unknown",
+        vocabulary: Sequence[str] | None = None,
     ) -> None:
         super().__init__(config)
         freeze(base_llm_model, part="base_llm_model")
@@ -119,13 +122,14 @@ class MEMModel(PreTrainedModel):
             embedding_width=base_llm_model.config.get_text_config().hidden_size,
             embedding_rms=embedding_rms(base_llm_model),
             embeddings_CD=weight if config.projection_settings.read_tokens else None,
+            vocabulary=vocabulary,
             tokens_per_unit=ocr_embed.tokens_per_unit,
         ).to(weight.device)
         check_trainable(self, proj=self.proj)
         # What FSDP shards as one: the projection too, whose float32 it cannot mix with the frozen parts.
         self._no_split_modules = [*(base_llm_model._no_split_modules or ()), "Projection"]
         # Every process has the LLM's table; DDP would send the reader's copy of it at every step.
-        self._ddp_params_and_buffers_to_ignore = ["proj.reader.embeddings_CD"]
+        self._ddp_params_and_buffers_to_ignore = ["proj.reader.embeddings_CD", "proj.reader.spellings_CL"]
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base_llm_model.forward).parameters
         self.cross_entropy = cross_entropy_sum
         self._plain_logits = True
@@ -407,11 +411,7 @@ class MEMModel(PreTrainedModel):
             )
         with torch.no_grad():
             embeds_BSD = self.embed(
-                input_ids,
-                pages=pages,
-                features=features,
-                page_num_tokens=page_num_tokens,
-                num_pages=num_pages,
+                input_ids, pages=pages, features=features, page_num_tokens=page_num_tokens, num_pages=num_pages
             )
         if self.position_stride > 1:
             generate_kwargs["position_ids"] = self.positions(input_ids, attention_mask)

@@ -19,7 +19,7 @@ tokens enter the frozen LLM at the scale of text.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -56,6 +56,7 @@ class Projection(nn.Module):
         embedding_width: D.
         embedding_rms: root mean square of the LLM's input embeddings, to which every output token is scaled.
         embeddings_CD: the LLM's input embeddings, for `settings.read_tokens` alone.
+        vocabulary: the LLM's tokens by id, whose spelling is read, likewise; None: as in the adapter that is loaded.
         tokens_per_unit: memory tokens of a line, or of what else the encoder encodes alone, for `settings.deal_tokens`.
     """
 
@@ -71,6 +72,7 @@ class Projection(nn.Module):
         embedding_width: int,
         embedding_rms: float,
         embeddings_CD: torch.Tensor | None = None,
+        vocabulary: Sequence[str] | None = None,
         tokens_per_unit: int = 1,
     ) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ class Projection(nn.Module):
                     "got none. Where DeepSpeed's ZeRO-3 shares out weights while they are loaded, load the LLM "
                     "without it."
                 )
-            self.reader = VocabularyReader(embeddings_CD, read_tokens=settings.read_tokens)
+            self.reader = VocabularyReader(embeddings_CD, read_tokens=settings.read_tokens, vocabulary=vocabulary)
         matrices = [
             nn.Linear(embedding_width, embedding_width, bias=False, dtype=torch.float32)
             for _ in range(settings.merge * (settings.pieces + SPARE_TOKENS * settings.deal_tokens))

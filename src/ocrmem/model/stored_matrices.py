@@ -30,7 +30,7 @@ def rounded(weights: dict[str, torch.Tensor], matrix_dtype: torch.dtype | None) 
         raise ConfigError(f"matrix_dtype={matrix_dtype}: expected torch.bfloat16, torch.int8 or None (float32).")
     stored: dict[str, torch.Tensor] = {}
     for key, value in weights.items():
-        if value.ndim != 2:
+        if value.ndim != 2 or not value.is_floating_point():
             stored[key] = value
         elif matrix_dtype == torch.int8:
             stored[key], stored[key + SCALE_SUFFIX] = to_int8(value)

@@ -65,7 +65,14 @@ def build_model(config: TrainConfig, *, rival: Features | None = None) -> tuple[
         memory_token_id=token_id,
         rival=record,
     )
-    model = MEMModel(mem_config, base_llm_model=llm, ocr_embed=encoder, llm_name=config.llm.name, llm_revision=revision)
+    model = MEMModel(
+        mem_config,
+        base_llm_model=llm,
+        ocr_embed=encoder,
+        llm_name=config.llm.name,
+        llm_revision=revision,
+        vocabulary=tokenizer.convert_ids_to_tokens(range(len(tokenizer))),
+    )
     if config.adapter is not None:
         load_projection(model, Path(config.adapter), start=True)
     return model, MEMProcessor.from_model(model, tokenizer=tokenizer)
