@@ -78,7 +78,7 @@ class MEMModel(PreTrainedModel):
         ocr_embed: the encoder. It is frozen in place.
         llm_name: where the LLM came from, recorded in the adapter; None: its `name_or_path`.
         llm_revision: hash or commit of it, recorded in the adapter.
-        vocabulary: its tokens by id, `tokenizer.convert_ids_to_tokens(range(len(tokenizer)))`, for
+        vocabulary: its tokens by id, `tokenizer.convert_ids_to_tokens([*range(len(tokenizer))])`, for
             `projection.read_tokens` alone, which reads them by their spelling; None: as the adapter loaded has them.
 
     Raises:

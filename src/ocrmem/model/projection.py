@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError, SpliceError
-from ocrmem.model.reader import VocabularyReader, dealt_evenly
+from ocrmem.model.reader import PRESENT, VocabularyReader, dealt_evenly
 
 ROTARY_BASE = 100.0
 """Base of the rotary angles (Su et al. 2021, who have 10,000): what is read together is a few tokens apart."""
@@ -224,7 +224,7 @@ class Projection(nn.Module):
             used_PU = (page_num_tokens_P[:, None] - begins_U).clamp(0, slots)
         used_L = used_PU.flatten()
         piece_M = torch.arange(per_unit * readings, device=used_L.device) // readings
-        present_LM = present_PVR.reshape(pages * units, per_unit * readings) > 0.5
+        present_LM = present_PVR.reshape(pages * units, per_unit * readings) > PRESENT
         present_LM = present_LM & (piece_M < used_L[:, None] * pieces)
         states_LMD = states_PVRD.reshape(pages * units, per_unit * readings, width)
         dealt_LVKD = dealt_evenly(states_LMD, present_LM, used_L, (slots, pieces + SPARE_TOKENS))

@@ -17,17 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FIRST, LAST = 8, 2
+FIRST, LAST = 7, 2
 """Characters of a token that are compared: from its first on, and where it is longer its last ones. Of the text tokens
-of 2 M characters of English 0.03% are spelled like a more frequent one, so far; with the first 10 alone 1.0%."""
-LETTERS = 192
-"""Numbers for characters, 0 for none; SmolLM2's vocabulary has 235 characters, and some of the rarest share one."""
+of 2 M characters of English 0.09% are spelled like a more frequent one, so far; with the first 10 alone 1.0%."""
+LETTERS = 128
+"""Numbers for characters, 0 for none; SmolLM2's vocabulary has 235 characters, of which the rare ones share them."""
 READING_SCALE = 40.0
 """By what a `TokenReading` multiplies cosines before its softmax, at the start; learnt for each dimension."""
 SPELLING_WIDTH = 192
 """Width in which spellings are compared."""
+CANDIDATES = 16_384
+"""Tokens of the vocabulary that a training step reads among: those on its pages, and others drawn anew each time
+(sampled softmax, Jean et al. 2015). Without a gradient, all."""
 LIKELIEST = 32
 """Tokens whose embeddings are mixed where no gradient is needed, those of the largest shares."""
+PRESENT = 0.5
+"""How sure a token must be for a piece to have it."""
 CHUNK = 1024
 """Pieces that are read at once where no gradient is needed: the shares of 49,152 tokens take 200 MB then."""
 
@@ -35,7 +40,8 @@ CHUNK = 1024
 def spellings(vocabulary: Sequence[str | None], size: int) -> torch.Tensor:
     """How each token is spelled, uint8 [size, `FIRST` + `LAST`]: its characters as numbers from 1, 0 where it has none.
 
-    The most frequent characters have numbers of their own, and rarer ones share those.
+    ASCII and the most frequent other characters have numbers of their own, and rarer ones share those. (By frequency
+    alone digits would share theirs: where each is one token, hardly another token has any.)
 
     Args:
         vocabulary: the tokens by id, as `tokenizer.convert_ids_to_tokens` gives them.
@@ -43,8 +49,8 @@ def spellings(vocabulary: Sequence[str | None], size: int) -> torch.Tensor:
     """
     tokens = [token or "" for token in vocabulary[:size]] + [""] * (size - len(vocabulary))
     counts = Counter(char for token in tokens for char in token)
-    by_frequency = sorted(counts, key=lambda char: (-counts[char], char))
-    numbers = {char: 1 + rank % (LETTERS - 1) for rank, char in enumerate(by_frequency)}
+    in_order = sorted(counts, key=lambda char: (not char.isascii(), -counts[char], char))
+    numbers = {char: 1 + rank % (LETTERS - 1) for rank, char in enumerate(in_order)}
     rows = []
     for token in tokens:
         first, last = token[:FIRST], token[FIRST:][-LAST:]
@@ -81,10 +87,17 @@ class VocabularyReader(nn.Module):
         self.register_buffer("embeddings_CD", table, persistent=False)
         self.register_buffer("spellings_CL", spellings(vocabulary or (), size).to(table.device))
 
-    def keys_CW(self) -> torch.Tensor:
-        """What the spelling of each token is compared as: directions."""
-        places_L = LETTERS * torch.arange(FIRST + LAST, device=self.spellings_CL.device)
-        return F.normalize(F.embedding_bag(self.spellings_CL + places_L, self.letters, mode="sum"), dim=-1)
+    def keys_CW(self, chosen_C: torch.Tensor | None = None) -> torch.Tensor:
+        """What the spelling of each token, or of those chosen, is compared as: directions."""
+        spelled_CL = self.spellings_CL if chosen_C is None else self.spellings_CL[chosen_C]
+        if torch.is_grad_enabled():
+            # As a product: on a GPU its gradient takes less than that of looking letters up, thousands of times each.
+            numbers_N = torch.arange(LETTERS, device=spelled_CL.device, dtype=torch.uint8)
+            keys_CW = (spelled_CL[:, :, None] == numbers_N).flatten(1).to(self.letters.dtype) @ self.letters
+        else:
+            places_L = LETTERS * torch.arange(FIRST + LAST, device=spelled_CL.device)
+            keys_CW = F.embedding_bag(spelled_CL + places_L, self.letters, mode="sum")
+        return F.normalize(keys_CW.float(), dim=-1)
 
     def forward(
         self,
@@ -105,13 +118,17 @@ class VocabularyReader(nn.Module):
         """
         pieces_ND = pieces_PVD.flatten(0, 1)
         targets_NR = None if token_ids_PVT is None else self._targets(token_ids_PVT).flatten(0, 1)
-        keys_CW = self.keys_CW()
-        if torch.is_grad_enabled() or len(pieces_ND) <= CHUNK:
-            read_NRD, present_NR, losses_N = self._read(pieces_ND, keys_CW, targets_NR)
+        table_CD, chosen_C = self.embeddings_CD, None
+        if targets_NR is not None and torch.is_grad_enabled() and len(table_CD) > CANDIDATES:
+            chosen_C, targets_NR = _chosen(targets_NR, len(table_CD))
+            table_CD = table_CD[chosen_C]
+        keys_CW = self.keys_CW(chosen_C)
+        if torch.is_grad_enabled():
+            read_NRD, present_NR, losses_N = self._read(pieces_ND, keys_CW, table_CD, targets_NR)
         else:
             targets = repeat(None) if targets_NR is None else targets_NR.split(CHUNK)
             cut = zip(pieces_ND.split(CHUNK), targets, strict=False)
-            parts = [self._read(pieces, keys_CW, wanted) for pieces, wanted in cut]
+            parts = [self._read(pieces, keys_CW, table_CD, wanted) for pieces, wanted in cut]
             read_NRD, present_NR, losses_N = (torch.cat(found) for found in zip(*parts, strict=True))
         shape = pieces_PVD.shape[:2]
         read_PVRD, present_PVR = (found.unflatten(0, shape) for found in (read_NRD, present_NR))
@@ -129,26 +146,55 @@ class VocabularyReader(nn.Module):
         return F.pad(token_ids_PVT[..., :wanted].long(), (0, max(0, wanted - token_ids_PVT.shape[-1])), value=-1)
 
     def _read(
-        self, pieces_ND: torch.Tensor, keys_CW: torch.Tensor, targets_NR: torch.Tensor | None
+        self,
+        pieces_ND: torch.Tensor,
+        keys_CW: torch.Tensor,
+        table_CD: torch.Tensor,
+        targets_NR: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Each reading of each piece; a piece without a first token has no second, and where neither a gradient nor a
+        loss is wanted is not asked for one."""
         seen_ND = F.rms_norm(pieces_ND, pieces_ND.shape[-1:])
+        asked_N = torch.ones(len(pieces_ND), dtype=torch.bool, device=pieces_ND.device)
         read, present = [], []
         losses_N = pieces_ND.new_zeros(len(pieces_ND), dtype=torch.float32)
         for number, reading in enumerate(self.readings):
             assert isinstance(reading, TokenReading)
-            targets_N = None if targets_NR is None else targets_NR[:, number]
-            shares_NC, none_N, loss_N = reading(seen_ND, keys_CW, targets_N)
-            read.append(self.value(self._mixed(shares_NC) * self.scale))
+            if targets_NR is None and not torch.is_grad_enabled():
+                shares_AC, none_A, _ = reading(seen_ND[asked_N], keys_CW, None)
+                read_AD = self.value(_mixed(shares_AC, table_CD) * self.scale)
+                read_ND = read_AD.new_zeros(len(pieces_ND), read_AD.shape[1])
+                none_N = none_A.new_ones(len(pieces_ND))
+                read_ND[asked_N], none_N[asked_N] = read_AD, none_A
+            else:
+                targets_N = None if targets_NR is None else targets_NR[:, number]
+                shares_NC, none_N, loss_N = reading(seen_ND, keys_CW, targets_N)
+                read_ND = self.value(_mixed(shares_NC, table_CD) * self.scale) * asked_N[:, None]
+                none_N = torch.where(asked_N, none_N, 1.0)
+                losses_N = losses_N if loss_N is None else losses_N + loss_N
+            read.append(read_ND)
             present.append(1 - none_N)
-            losses_N = losses_N if loss_N is None else losses_N + loss_N
+            asked_N = none_N < 1 - PRESENT
         return torch.stack(read, dim=1), torch.stack(present, dim=1), losses_N
 
-    def _mixed(self, shares_NC: torch.Tensor) -> torch.Tensor:
-        """The embeddings [N, D] at their shares; without a gradient, of the likeliest alone."""
-        if torch.is_grad_enabled():
-            return shares_NC @ self.embeddings_CD
-        shares_NK, tokens_NK = shares_NC.topk(min(LIKELIEST, shares_NC.shape[1]), dim=-1)
-        return torch.einsum("nk,nkd->nd", shares_NK, self.embeddings_CD[tokens_NK])
+
+def _chosen(targets_NR: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`CANDIDATES` tokens, the targets first among them, and the targets as places among those: -1 for none, and -2 for
+    one that is left out since there are more than so many."""
+    priority_C = torch.rand(vocabulary, device=targets_NR.device)
+    priority_C[targets_NR.clamp(min=0).flatten()] = 2.0
+    chosen_C = priority_C.topk(CANDIDATES).indices
+    place_C = torch.full((vocabulary,), -2, device=chosen_C.device)
+    place_C[chosen_C] = torch.arange(CANDIDATES, device=chosen_C.device)
+    return chosen_C, torch.where(targets_NR < 0, -1, place_C[targets_NR.clamp(min=0)])
+
+
+def _mixed(shares_NC: torch.Tensor, table_CD: torch.Tensor) -> torch.Tensor:
+    """The embeddings [N, D] at their shares; without a gradient, of the likeliest alone."""
+    if torch.is_grad_enabled():
+        return shares_NC @ table_CD
+    shares_NK, tokens_NK = shares_NC.topk(min(LIKELIEST, shares_NC.shape[1]), dim=-1)
+    return torch.einsum("nk,nkd->nd", shares_NK, table_CD[tokens_NK])
 
 
 def dealt_evenly(
@@ -195,7 +241,7 @@ class TokenReading(nn.Module):
         self, seen_ND: torch.Tensor, keys_CW: torch.Tensor, targets_N: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Shares of the vocabulary's tokens [N, C], and of none [N], which add up to 1; and, where targets are given
-        (-1 for none), minus the logarithm of each target's share [N]."""
+        (-1 for none, -2 for unknown), minus the logarithm of each target's share [N], 0 where it is unknown."""
         queries_NW = F.normalize(self.query(seen_ND).float(), dim=-1) * self.log_scale.exp()
         logits_NC = (queries_NW @ keys_CW.T).float()
         none_N = (queries_NW * self.none_W).sum(dim=-1)
@@ -207,4 +253,5 @@ class TokenReading(nn.Module):
         # From the same logits as the total: computed apart, it is rounded otherwise under autocast, and a run learnt to
         # gain 2 nats a piece by that alone (docs/log.md).
         found_N = logits_NC.gather(-1, targets_N.clamp(min=0)[:, None])[:, 0]
-        return shares_NC, none_share_N, total_N - torch.where(targets_N < 0, none_N, found_N)
+        losses_N = total_N - torch.where(targets_N < 0, none_N, found_N)
+        return shares_NC, none_share_N, losses_N * (targets_N != -2)
