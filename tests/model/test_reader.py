@@ -378,10 +378,10 @@ def dealing(pieces=2, **changes):
     )
     torch.manual_seed(0)
     parts = {"feature_width": 3 * pieces, "embedding_width": 8, "embedding_rms": 0.1}
-    return Projection(settings, **parts, embeddings_CD=torch.randn(31, 8), vocabulary=TOKENS, tokens_per_unit=4)
+    return Projection(settings, **parts, embeddings_CD=torch.randn(31, 8), vocabulary=TOKENS)
 
 
-def test_a_page_is_dealt_line_by_line_and_the_last_as_far_as_it_goes():
+def test_a_page_is_dealt_out_as_far_as_it_goes():
     proj = dealing()
     for matrix in proj.merge:
         torch.nn.init.normal_(matrix.weight)
@@ -391,6 +391,7 @@ def test_a_page_is_dealt_line_by_line_and_the_last_as_far_as_it_goes():
     changed = features_PVE.clone()
     changed[1, 6:] = 9.0  # beyond what is in use
     torch.testing.assert_close(proj(changed, used_P)[1, :6], memory_PVD[1, :6])
+    torch.testing.assert_close(proj(features_PVE[1:, :6]), memory_PVD[1:, :6])
     fine = proj(features_PVE.reshape(2, 24, 3), used_P * 2)  # one piece to a memory token
     assert fine.shape == (2, 24, 8)
     assert proj(features_PVE[:0], used_P[:0]).shape == (0, 12, 8)
@@ -398,8 +399,6 @@ def test_a_page_is_dealt_line_by_line_and_the_last_as_far_as_it_goes():
         SpliceError, match="features of 4 pieces to a memory token, expected projection.pieces=2 at most"
     ):
         proj(torch.randn(1, 4, 12), torch.tensor([4]))
-    with pytest.raises(SpliceError, match="a page has 10 pieces, 2 to a memory token; .* whole units of 8 pieces"):
-        proj(features_PVE[:, :5], torch.tensor([5, 5]))
 
 
 def test_what_is_dealt_is_the_tokens_that_were_read():
@@ -412,7 +411,7 @@ def test_what_is_dealt_is_the_tokens_that_were_read():
     matrices = [matrix.weight for matrix in proj.merge]
     for weight in matrices:
         torch.nn.init.normal_(weight)
-    dealt_PVD = proj._dealt(states_PND[:, :, None] + read_PNRD, present_PNR, 2, 8, torch.tensor([4]))
+    dealt_PVD = proj._dealt(states_PND[:, :, None] + read_PNRD, present_PNR, 2, torch.tensor([4]))
     token = {(n, r): states_PND[0, n] + read_PNRD[0, n, r] for n, r in ((0, 0), (1, 1), (2, 0), (2, 1), (7, 0))}
     expected = torch.stack(  # five tokens over four memory tokens
         [

@@ -38,7 +38,7 @@ class ProjectionSettings:
     stand on the page (kind `attention` alone). Costs 2 × vocabulary × (embedding width + 192) FLOP a piece and token,
     and while training those of a vocabulary of 16,384."""
     deal_tokens: bool = False
-    """Deal out the tokens that were read evenly, in order, over the memory tokens of a line, in place of each memory
+    """Deal out the tokens that were read evenly, in order, over the memory tokens of a page, in place of each memory
     token having those that begin in its own pixels, one here and four there; with `read_tokens` and `merge`. A memory
     token keeps one more than it has pieces, each through a matrix of its own, and covers other text than its pixels."""
     num_heads: int = 8

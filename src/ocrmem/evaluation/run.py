@@ -433,7 +433,6 @@ def _untrained(model: MEMModel, generator: torch.Generator) -> Projection:
             embedding_width=model.base_llm_model.config.get_text_config().hidden_size,
             embedding_rms=float(model.proj.embedding_rms),
             embeddings_CD=None if model.proj.reader is None else model.proj.reader.embeddings_CD,
-            tokens_per_unit=model.ocr_embed.tokens_per_unit,
         )
     if fresh.reader is not None and model.proj.reader is not None:
         fresh.reader.spellings_CL.copy_(model.proj.reader.spellings_CL)

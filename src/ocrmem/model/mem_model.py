@@ -123,7 +123,6 @@ class MEMModel(PreTrainedModel):
             embedding_rms=embedding_rms(base_llm_model),
             embeddings_CD=weight if config.projection_settings.read_tokens else None,
             vocabulary=vocabulary,
-            tokens_per_unit=ocr_embed.tokens_per_unit,
         ).to(weight.device)
         check_trainable(self, proj=self.proj)
         # What FSDP shards as one: the projection too, whose float32 it cannot mix with the frozen parts.

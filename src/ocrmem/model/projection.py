@@ -9,7 +9,7 @@ features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬�
 
 With `merge`, a memory token is the sum of its pieces, each through a matrix of its own: the last starts as it is and
 the others at zero, so that a projection of more pieces begins as one of fewer. Without it, the last stands for all.
-With `deal_tokens`, the tokens that were read, dealt out evenly over a line, stand in the place of the pieces.
+With `deal_tokens`, the tokens that were read, dealt out evenly over a page, stand in the place of the pieces.
 
 Its weights are always float32, whatever type the LLM has: in bfloat16 AdamW at a learning rate of 1e-5 would move
 2% of the weights a step and learn almost nothing. Its output has the RMS of the LLM's embeddings, so that memory
@@ -57,7 +57,6 @@ class Projection(nn.Module):
         embedding_rms: root mean square of the LLM's input embeddings, to which every output token is scaled.
         embeddings_CD: the LLM's input embeddings, for `settings.read_tokens` alone.
         vocabulary: the LLM's tokens by id, whose spelling is read, likewise; None: as in the adapter that is loaded.
-        tokens_per_unit: memory tokens of a line, or of what else the encoder encodes alone, for `settings.deal_tokens`.
     """
 
     embedding_rms: torch.Tensor
@@ -73,11 +72,10 @@ class Projection(nn.Module):
         embedding_rms: float,
         embeddings_CD: torch.Tensor | None = None,
         vocabulary: Sequence[str] | None = None,
-        tokens_per_unit: int = 1,
     ) -> None:
         super().__init__()
         self.feature_width = feature_width
-        self.unit_pieces = tokens_per_unit * settings.pieces if settings.deal_tokens else None
+        self.deal_tokens = settings.deal_tokens
         hidden_size = settings.hidden_size or embedding_width
         if feature_width % settings.pieces:
             raise ConfigError(
@@ -162,11 +160,11 @@ class Projection(nn.Module):
                 memory_PVD = self._merged(memory_PVD, pieces)
             else:
                 read_PVRD, present_PVR, reading_loss = self.reader(memory_PVD, used_P, token_ids_PVT)
-                if self.unit_pieces is None:
-                    memory_PVD = self._merged(memory_PVD + read_PVRD.sum(dim=2), pieces)
-                else:
+                if self.deal_tokens:
                     states_PVRD = memory_PVD[:, :, None] + read_PVRD
-                    memory_PVD = self._dealt(states_PVRD, present_PVR, pieces, self.unit_pieces, page_num_tokens_P)
+                    memory_PVD = self._dealt(states_PVRD, present_PVR, pieces, page_num_tokens_P)
+                else:
+                    memory_PVD = self._merged(memory_PVD + read_PVRD.sum(dim=2), pieces)
             if self.merged is not None:
                 memory_PVD = self.merged(memory_PVD, page_num_tokens_P)
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
@@ -205,32 +203,21 @@ class Projection(nn.Module):
         states_PVRD: torch.Tensor,
         present_PVR: torch.Tensor,
         pieces: int,
-        per_unit: int,
         page_num_tokens_P: torch.Tensor | None,
     ) -> torch.Tensor:
         """Memory tokens of the tokens that were read, by `ProjectionSettings.deal_tokens`; the first matrix is that of
         the last token of a memory token."""
-        pages, count, readings, width = states_PVRD.shape
+        pages, count, readings, _ = states_PVRD.shape
         self._check_pieces(pieces + SPARE_TOKENS, pieces)
-        if count % per_unit or per_unit % pieces:
-            raise SpliceError(
-                f"a page has {count} pieces, {pieces} to a memory token; to deal out what is read, expected whole "
-                f"units of {per_unit} pieces, and a divisor of that."
-            )
-        slots, units = per_unit // pieces, count // per_unit
-        used_PU = present_PVR.new_full((pages, units), slots, dtype=torch.int64)
-        if page_num_tokens_P is not None:
-            begins_U = slots * torch.arange(units, device=used_PU.device)
-            used_PU = (page_num_tokens_P[:, None] - begins_U).clamp(0, slots)
-        used_L = used_PU.flatten()
-        piece_M = torch.arange(per_unit * readings, device=used_L.device) // readings
-        present_LM = present_PVR.reshape(pages * units, per_unit * readings) > PRESENT
-        present_LM = present_LM & (piece_M < used_L[:, None] * pieces)
-        states_LMD = states_PVRD.reshape(pages * units, per_unit * readings, width)
-        dealt_LVKD = dealt_evenly(states_LMD, present_LM, used_L, (slots, pieces + SPARE_TOKENS))
-        tokens = zip(self.merge, dealt_LVKD.unbind(dim=2), strict=False)
-        merged_LVD = torch.stack([matrix(states_LVD) for matrix, states_LVD in tokens]).sum(dim=0)
-        return merged_LVD.reshape(pages, units * slots, width)
+        slots = count // pieces
+        used_P = page_num_tokens_P
+        if used_P is None:
+            used_P = present_PVR.new_full((pages,), slots, dtype=torch.int64)
+        piece_M = torch.arange(count * readings, device=present_PVR.device) // readings
+        present_PM = (present_PVR.flatten(1) > PRESENT) & (piece_M < used_P[:, None] * pieces)
+        dealt_PVKD = dealt_evenly(states_PVRD.flatten(1, 2), present_PM, used_P, (slots, pieces + SPARE_TOKENS))
+        tokens = zip(self.merge, dealt_PVKD.unbind(dim=2), strict=False)
+        return torch.stack([matrix(states_PVD) for matrix, states_PVD in tokens]).sum(dim=0)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to()`, `.half()`, `.cuda()`… move the projection, but never out of float32."""

@@ -198,33 +198,33 @@ def _mixed(shares_NC: torch.Tensor, table_CD: torch.Tensor) -> torch.Tensor:
 
 
 def dealt_evenly(
-    states_LMD: torch.Tensor, present_LM: torch.Tensor, slots_L: torch.Tensor, size: tuple[int, int]
+    states_PMD: torch.Tensor, present_PM: torch.Tensor, slots_P: torch.Tensor, size: tuple[int, int]
 ) -> torch.Tensor:
-    """Text tokens of a line, found among its readings, dealt out evenly and in order over its memory tokens.
+    """Text tokens of a page, found among its readings, dealt out evenly and in order over its memory tokens.
 
     Token c of T goes to memory token ⌊c × slots / T⌋, as `training.packing.token_slots` deals those of a rival.
 
     Args:
-        states_LMD: a state for each reading of each line.
-        present_LM: which of them are tokens.
-        slots_L: memory tokens in use of each line.
-        size: memory tokens of a full line V, and K tokens of one that are kept.
+        states_PMD: a state for each of the M readings of each page.
+        present_PM: which of them are tokens.
+        slots_P: memory tokens in use of each page.
+        size: memory tokens of a page V, and K tokens of one that are kept.
 
     Returns:
-        [L, V, K, D]: the states of each memory token's last K tokens, the last one first; zeros where it has fewer.
+        [P, V, K, D]: the states of each memory token's last K tokens, the last one first; zeros where it has fewer.
     """
     slots, kept = size
-    order_LM = present_LM.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    total_L1 = present_LM.sum(dim=1, keepdim=True)
-    used_L1 = slots_L[:, None].clamp(min=1)
-    edges = torch.arange(slots + 1, device=states_LMD.device)
-    begins_LV = torch.minimum((edges * total_L1 + used_L1 - 1) // used_L1, total_L1)  # and past the last one
-    back_K = torch.arange(kept, device=states_LMD.device)
-    number_LVK = begins_LV[:, 1:, None] - 1 - back_K
-    found_LVK = number_LVK >= begins_LV[:, :-1, None]
-    place_LN = order_LM.gather(1, number_LVK.clamp(min=0).flatten(1))
-    states_LND = states_LMD.gather(1, place_LN[..., None].expand(-1, -1, states_LMD.shape[2]))
-    return states_LND.unflatten(1, (slots, kept)) * found_LVK[..., None]
+    order_PM = present_PM.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    total_P1 = present_PM.sum(dim=1, keepdim=True)
+    used_P1 = slots_P[:, None].clamp(min=1)
+    edges = torch.arange(slots + 1, device=states_PMD.device)
+    begins_PV = torch.minimum((edges * total_P1 + used_P1 - 1) // used_P1, total_P1)  # and past the last one
+    back_K = torch.arange(kept, device=states_PMD.device)
+    number_PVK = begins_PV[:, 1:, None] - 1 - back_K
+    found_PVK = number_PVK >= begins_PV[:, :-1, None]
+    place_PN = order_PM.gather(1, number_PVK.clamp(min=0).flatten(1))
+    states_PND = states_PMD.gather(1, place_PN[..., None].expand(-1, -1, states_PMD.shape[2]))
+    return states_PND.unflatten(1, (slots, kept)) * found_PVK[..., None]
 
 
 class TokenReading(nn.Module):

@@ -250,7 +250,7 @@ def memory_part(
         runs: the bank's units of each sample.
         pieces: to a memory token of the bank, for `rival_slots`.
         slots: give `slots` although the features are those of pages: the text tokens under each memory token's pixels,
-            or a line's dealt out evenly.
+            or a page's dealt out evenly.
         reading_bank: the same units with one piece to a memory token, for `memory_token_ids`; None: leave them out.
 
     Returns:
@@ -321,7 +321,7 @@ def _row(
 def rival_slots(bank: Bank, units_PU: np.ndarray, kind: Features, *, pieces: int | None) -> np.ndarray:
     """Token ids that a trained rival reads for each memory token, int32 [P, V, tokens], -1 where there is none.
 
-    The text tokens of a unit are dealt out evenly, in order: by `mean-pooling` over its memory tokens, by
+    The text tokens of a page are dealt out evenly, in order: by `mean-pooling` over its memory tokens, by
     `convolution` over their pieces, those of a piece side by side, so that tokens = pieces × `TOKENS_PER_PIECE`.
 
     Args:
@@ -346,7 +346,7 @@ def token_slots(
     """Token ids under each memory token, int32 [P, V, `pieces` × `tokens_per_piece`], -1 where there is none.
 
     Args:
-        evenly: deal the text tokens of a unit out evenly, in order, over the pieces of its memory tokens, as a rival
+        evenly: deal the text tokens of a page out evenly, in order, over the pieces of its memory tokens, as a rival
             does; otherwise each goes to the memory token under whose pixels it begins.
         pieces: to a memory token; more than 1 with `evenly` alone.
         tokens_per_piece: most of each piece; what is beyond is left out.
@@ -355,25 +355,23 @@ def token_slots(
     per_unit = bank.tokens_per_unit * pieces
     slots = np.full((pages, per_page * per_unit, tokens_per_piece), -1, dtype=np.int32)
     documents = np.searchsorted(bank.first_unit_K, units_PU, side="right") - 1
-    for page in range(pages):
-        base = 0
-        for unit, document in zip(units_PU[page], documents[page], strict=True):
-            if unit < 0:
-                break
-            count = int(bank.unit_tokens_U[unit])
-            begin, end = bank.token_range(int(document), int(bank.unit_start_U[unit]), int(bank.unit_end_U[unit]))
-            number = end - begin
-            if number:
-                starts = bank.token_starts_T[begin:end]
-                slot = (
-                    np.arange(number) * (count * pieces) // number
-                    if evenly
-                    else np.searchsorted(bank.slot_chars_UV[unit, :count], starts, side="right").clip(min=1) - 1
-                )
-                place = np.arange(number) - np.searchsorted(slot, slot)
-                kept = place < tokens_per_piece
-                slots[page, base + slot[kept], place[kept]] = bank.token_ids_T[begin:end][kept]
-            base += per_unit
+    for page, units in enumerate(units_PU):
+        found: list[np.ndarray] = []
+        under: list[np.ndarray] = []
+        for number, unit in enumerate(units[units >= 0]):
+            document = int(documents[page, number])
+            begin, end = bank.token_range(document, int(bank.unit_start_U[unit]), int(bank.unit_end_U[unit]))
+            found.append(bank.token_ids_T[begin:end])
+            firsts = bank.slot_chars_UV[unit, : int(bank.unit_tokens_U[unit])]
+            slot = np.searchsorted(firsts, bank.token_starts_T[begin:end], side="right").clip(min=1) - 1
+            under.append(slot + number * per_unit)
+        ids, slot = np.concatenate(found), np.concatenate(under)
+        if evenly:
+            used = bank.tokens_on(units[units >= 0]) * pieces
+            slot = np.arange(len(ids)) * used // max(1, len(ids))
+        place = np.arange(len(ids)) - np.searchsorted(slot, slot)
+        kept = place < tokens_per_piece
+        slots[page, slot[kept], place[kept]] = ids[kept]
     return slots.reshape(pages, per_page * bank.tokens_per_unit, pieces * tokens_per_piece)
 
 
