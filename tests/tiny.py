@@ -20,8 +20,8 @@ from ocrmem.types import Page, TokenSpans
 
 PAGE = RenderSettings(page_width=28, page_height=15, line_height=5, font_size=5)
 VOCABULARY, PLACEHOLDER = 101, 97
-TOKENS = [f"{number * 7919 % 1009}" for number in range(VOCABULARY)]
-"""How its tokens are spelled."""
+TOKENS = {f"{number * 7919 % 1009}": number for number in range(VOCABULARY)}
+"""Its tokens, with their ids."""
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 24,

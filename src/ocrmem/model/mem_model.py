@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -78,8 +78,8 @@ class MEMModel(PreTrainedModel):
         ocr_embed: the encoder. It is frozen in place.
         llm_name: where the LLM came from, recorded in the adapter; None: its `name_or_path`.
         llm_revision: hash or commit of it, recorded in the adapter.
-        vocabulary: its tokens by id, `tokenizer.convert_ids_to_tokens([*range(len(tokenizer))])`, for
-            `projection.read_tokens` alone, which reads them by their spelling; None: as the adapter loaded has them.
+        vocabulary: its tokenizer's, `tokenizer.get_vocab()`, for `projection.read_tokens` alone, which reads tokens by
+            their spelling; None: that of the adapter which is loaded.
 
     Raises:
         FrozenPartError: a frozen part has active dropout, or shares parameters with the projection.
@@ -108,7 +108,7 @@ class MEMModel(PreTrainedModel):
         ocr_embed: OCREncoder,
         llm_name: str | None = None,
         llm_revision: str = "unknown",
-        vocabulary: Sequence[str] | None = None,
+        vocabulary: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(config)
         freeze(base_llm_model, part="base_llm_model")

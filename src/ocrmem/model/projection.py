@@ -19,7 +19,7 @@ tokens enter the frozen LLM at the scale of text.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -56,7 +56,7 @@ class Projection(nn.Module):
         embedding_width: D.
         embedding_rms: root mean square of the LLM's input embeddings, to which every output token is scaled.
         embeddings_CD: the LLM's input embeddings, for `settings.read_tokens` alone.
-        vocabulary: the LLM's tokens by id, whose spelling is read, likewise; None: as in the adapter that is loaded.
+        vocabulary: ids by token of the LLM's tokenizer, whose spelling is read, likewise; None: an adapter's.
     """
 
     embedding_rms: torch.Tensor
@@ -71,7 +71,7 @@ class Projection(nn.Module):
         embedding_width: int,
         embedding_rms: float,
         embeddings_CD: torch.Tensor | None = None,
-        vocabulary: Sequence[str] | None = None,
+        vocabulary: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.feature_width = feature_width

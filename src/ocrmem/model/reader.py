@@ -9,26 +9,25 @@ training can be read, and what is read is given as its embedding.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 FIRST, LAST = 7, 2
-"""Characters of a token that are compared: from its first on, and where it is longer its last ones. Of the text tokens
-of 2 M characters of English 0.09% are spelled like a more frequent one, so far; with the first 10 alone 1.0%."""
-LETTERS = 128
-"""Numbers for characters, 0 for none; SmolLM2's vocabulary has 235 characters, of which the rare ones share them."""
+"""Bytes of a token that are compared: from its first on, and where it is longer its last ones. Of the text tokens of
+2 M characters of English 0.06% are spelled like a more frequent one, so far; with the first 10 alone 1.0%."""
+BYTES = 256
 READING_SCALE = 40.0
 """By what a `TokenReading` multiplies cosines before its softmax, at the start; learnt for each dimension."""
-SPELLING_WIDTH = 192
+SPELLING_WIDTH = 144
 """Width in which spellings are compared."""
 CANDIDATES = 16_384
-"""Tokens of the vocabulary that a training step reads among: those on its pages, and others drawn anew each time
-(sampled softmax, Jean et al. 2015). Without a gradient, all."""
+"""Tokens of the vocabulary that a step reads among where it learns to read: those on its pages, and others drawn anew
+each time (sampled softmax, Jean et al. 2015). Otherwise all."""
 LIKELIEST = 32
 """Tokens whose embeddings are mixed where no gradient is needed, those of the largest shares."""
 PRESENT = 0.5
@@ -37,25 +36,22 @@ CHUNK = 1024
 """Pieces that are read at once where no gradient is needed: the shares of 49,152 tokens take 200 MB then."""
 
 
-def spellings(vocabulary: Sequence[str | None], size: int) -> torch.Tensor:
-    """How each token is spelled, uint8 [size, `FIRST` + `LAST`]: its characters as numbers from 1, 0 where it has none.
-
-    ASCII and the most frequent other characters have numbers of their own, and rarer ones share those. (By frequency
-    alone digits would share theirs: where each is one token, hardly another token has any.)
+def spellings(vocabulary: Mapping[str, int], size: int) -> torch.Tensor:
+    """How each token is spelled, uint8 [size, `FIRST` + `LAST`]: its bytes, 0 where it has none.
 
     Args:
-        vocabulary: the tokens by id, as `tokenizer.convert_ids_to_tokens` gives them.
-        size: rows of the LLM's embedding; tokens beyond are left out, and rows without a token have no letters.
+        vocabulary: ids by token, as `tokenizer.get_vocab()` gives them: of a byte-level tokenizer, whose characters
+            stand for bytes, or of one of characters with ▁ for a space.
+        size: rows of the LLM's embedding; tokens beyond are left out, and rows without a token have no bytes.
     """
-    tokens = [token or "" for token in vocabulary[:size]] + [""] * (size - len(vocabulary))
-    counts = Counter(char for token in tokens for char in token)
-    in_order = sorted(counts, key=lambda char: (not char.isascii(), -counts[char], char))
-    numbers = {char: 1 + rank % (LETTERS - 1) for rank, char in enumerate(in_order)}
-    rows = []
-    for token in tokens:
-        first, last = token[:FIRST], token[FIRST:][-LAST:]
-        rows.append([numbers.get(char, 0) for char in first.ljust(FIRST, "\0") + last.ljust(LAST, "\0")])
-    return torch.tensor(rows, dtype=torch.uint8)
+    byte_of = {ord(char): byte for byte, char in bytes_to_unicode().items()} | {ord("▁"): ord(" ")}
+    spelled_CL = torch.zeros(size, FIRST + LAST, dtype=torch.uint8)
+    for token, row in vocabulary.items():
+        found = b"".join(bytes([byte_of[ord(c)]]) if ord(c) in byte_of else c.encode("utf-8", "replace") for c in token)
+        if row < size:
+            first, last = found[:FIRST], found[FIRST:][-LAST:]
+            spelled_CL[row] = torch.tensor([*first.ljust(FIRST, b"\0"), *last.ljust(LAST, b"\0")], dtype=torch.uint8)
+    return spelled_CL
 
 
 class VocabularyReader(nn.Module):
@@ -65,39 +61,38 @@ class VocabularyReader(nn.Module):
         embeddings_CD: the LLM's input embeddings, frozen; kept in float32, and no part of an adapter. What is read of
             them is scaled to a root mean square of 1.
         read_tokens: how many tokens are read of a piece, in the order of the text.
-        vocabulary: the LLM's tokens by id. How they are spelled is part of an adapter; None: nothing is known of it,
-            until an adapter is loaded.
+        vocabulary: ids by token, for `spellings`, which are part of an adapter; None: those of the adapter that is
+            loaded, and until then all tokens are spelled alike.
     """
 
     embeddings_CD: torch.Tensor
     spellings_CL: torch.Tensor
 
     def __init__(
-        self, embeddings_CD: torch.Tensor, *, read_tokens: int, vocabulary: Sequence[str | None] | None = None
+        self, embeddings_CD: torch.Tensor, *, read_tokens: int, vocabulary: Mapping[str, int] | None = None
     ) -> None:
         super().__init__()
         size, width = embeddings_CD.shape
         self.readings = nn.ModuleList(TokenReading(width) for _ in range(read_tokens))
-        # For each place of a token and each character; a token's key is the sum over its places.
-        self.letters = nn.Parameter(torch.randn((FIRST + LAST) * LETTERS, SPELLING_WIDTH, dtype=torch.float32))
+        # For each place of a token and each byte; a token's key is the sum over its places.
+        self.letters = nn.Parameter(torch.randn((FIRST + LAST) * BYTES, SPELLING_WIDTH, dtype=torch.float32))
         self.value = nn.Linear(width, width, bias=False, dtype=torch.float32)
         nn.init.eye_(self.value.weight)
         table = embeddings_CD.detach().to(torch.float32, copy=True)
         self.scale = 1.0 if table.is_meta else float(table.square().mean().rsqrt())
         self.register_buffer("embeddings_CD", table, persistent=False)
-        self.register_buffer("spellings_CL", spellings(vocabulary or (), size).to(table.device))
+        self.register_buffer("spellings_CL", spellings(vocabulary or {}, size).to(table.device))
 
     def keys_CW(self, chosen_C: torch.Tensor | None = None) -> torch.Tensor:
-        """What the spelling of each token, or of those chosen, is compared as: directions."""
-        spelled_CL = self.spellings_CL if chosen_C is None else self.spellings_CL[chosen_C]
-        if torch.is_grad_enabled():
-            # As a product: on a GPU its gradient takes less than that of looking letters up, thousands of times each.
-            numbers_N = torch.arange(LETTERS, device=spelled_CL.device, dtype=torch.uint8)
-            keys_CW = (spelled_CL[:, :, None] == numbers_N).flatten(1).to(self.letters.dtype) @ self.letters
-        else:
-            places_L = LETTERS * torch.arange(FIRST + LAST, device=spelled_CL.device)
-            keys_CW = F.embedding_bag(spelled_CL + places_L, self.letters, mode="sum")
-        return F.normalize(keys_CW.float(), dim=-1)
+        """Unit vectors with which pieces are compared: of all tokens' spellings, or of those chosen."""
+        if chosen_C is None:
+            places_L = BYTES * torch.arange(FIRST + LAST, device=self.spellings_CL.device)
+            return F.normalize(F.embedding_bag(self.spellings_CL + places_L, self.letters, mode="sum"), dim=-1)
+        # The same as a product, whose gradient is one too: on a GPU that of a table whose rows are each looked up
+        # thousands of times takes longer.
+        values_N = torch.arange(BYTES, device=chosen_C.device, dtype=torch.uint8)
+        spelled_CLN = self.spellings_CL[chosen_C][:, :, None] == values_N
+        return F.normalize((spelled_CLN.flatten(1).to(self.letters.dtype) @ self.letters).float(), dim=-1)
 
     def forward(
         self,
@@ -118,13 +113,13 @@ class VocabularyReader(nn.Module):
         """
         pieces_ND = pieces_PVD.flatten(0, 1)
         targets_NR = None if token_ids_PVT is None else self._targets(token_ids_PVT).flatten(0, 1)
-        table_CD, chosen_C = self.embeddings_CD, None
+        table_CD, chosen_C, offset_C = self.embeddings_CD, None, None
         if targets_NR is not None and torch.is_grad_enabled() and len(table_CD) > CANDIDATES:
-            chosen_C, targets_NR = _chosen(targets_NR, len(table_CD))
+            chosen_C, offset_C, targets_NR = _chosen(targets_NR, len(table_CD))
             table_CD = table_CD[chosen_C]
         keys_CW = self.keys_CW(chosen_C)
         if torch.is_grad_enabled():
-            read_NRD, present_NR, losses_N = self._read(pieces_ND, keys_CW, table_CD, targets_NR)
+            read_NRD, present_NR, losses_N = self._read(pieces_ND, keys_CW, table_CD, targets_NR, offset_C)
         else:
             targets = repeat(None) if targets_NR is None else targets_NR.split(CHUNK)
             cut = zip(pieces_ND.split(CHUNK), targets, strict=False)
@@ -151,42 +146,51 @@ class VocabularyReader(nn.Module):
         keys_CW: torch.Tensor,
         table_CD: torch.Tensor,
         targets_NR: torch.Tensor | None,
+        offset_C: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Each reading of each piece; a piece without a first token has no second, and where neither a gradient nor a
-        loss is wanted is not asked for one."""
+        """Each reading of each piece. What a piece is read as ends with its first none; where neither a gradient nor a
+        loss is wanted, nothing is compared beyond that."""
         seen_ND = F.rms_norm(pieces_ND, pieces_ND.shape[-1:])
-        asked_N = torch.ones(len(pieces_ND), dtype=torch.bool, device=pieces_ND.device)
+        goes_on_N = torch.ones(len(pieces_ND), dtype=torch.bool, device=pieces_ND.device)
         read, present = [], []
         losses_N = pieces_ND.new_zeros(len(pieces_ND), dtype=torch.float32)
         for number, reading in enumerate(self.readings):
             assert isinstance(reading, TokenReading)
             if targets_NR is None and not torch.is_grad_enabled():
-                shares_AC, none_A, _ = reading(seen_ND[asked_N], keys_CW, None)
+                shares_AC, none_A, _ = reading(seen_ND[goes_on_N], keys_CW, None)
                 read_AD = self.value(_mixed(shares_AC, table_CD) * self.scale)
                 read_ND = read_AD.new_zeros(len(pieces_ND), read_AD.shape[1])
                 none_N = none_A.new_ones(len(pieces_ND))
-                read_ND[asked_N], none_N[asked_N] = read_AD, none_A
+                read_ND[goes_on_N], none_N[goes_on_N] = read_AD, none_A
             else:
                 targets_N = None if targets_NR is None else targets_NR[:, number]
-                shares_NC, none_N, loss_N = reading(seen_ND, keys_CW, targets_N)
-                read_ND = self.value(_mixed(shares_NC, table_CD) * self.scale) * asked_N[:, None]
-                none_N = torch.where(asked_N, none_N, 1.0)
+                shares_NC, none_N, loss_N = reading(seen_ND, keys_CW, targets_N, offset_C)
+                read_ND = self.value(_mixed(shares_NC, table_CD) * self.scale) * goes_on_N[:, None]
+                none_N = torch.where(goes_on_N, none_N, 1.0)
                 losses_N = losses_N if loss_N is None else losses_N + loss_N
             read.append(read_ND)
             present.append(1 - none_N)
-            asked_N = none_N < 1 - PRESENT
+            goes_on_N = none_N < 1 - PRESENT
         return torch.stack(read, dim=1), torch.stack(present, dim=1), losses_N
 
 
-def _chosen(targets_NR: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`CANDIDATES` tokens, the targets first among them, and the targets as places among those: -1 for none, and -2 for
-    one that is left out since there are more than so many."""
+def _chosen(targets_NR: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`CANDIDATES` tokens for a training step: the targets, and others at random.
+
+    Returns:
+        Their ids; what is added to their logits, so that each that was drawn stands for as many as it was drawn from;
+        and the targets as places among them, -1 for none, -2 for one left out, where there are more targets than
+        `CANDIDATES`.
+    """
     priority_C = torch.rand(vocabulary, device=targets_NR.device)
     priority_C[targets_NR.clamp(min=0).flatten()] = 2.0
-    chosen_C = priority_C.topk(CANDIDATES).indices
-    place_C = torch.full((vocabulary,), -2, device=chosen_C.device)
-    place_C[chosen_C] = torch.arange(CANDIDATES, device=chosen_C.device)
-    return chosen_C, torch.where(targets_NR < 0, -1, place_C[targets_NR.clamp(min=0)])
+    priorities_K, chosen_K = priority_C.topk(CANDIDATES)
+    targets = (priority_C == 2).sum()
+    stands_for = (vocabulary - targets) / (CANDIDATES - targets).clamp(min=1)
+    offset_K = torch.where(priorities_K == 2, 0.0, stands_for.log())
+    place_C = torch.full((vocabulary,), -2, device=chosen_K.device)
+    place_C[chosen_K] = torch.arange(CANDIDATES, device=chosen_K.device)
+    return chosen_K, offset_K, torch.where(targets_NR < 0, -1, place_C[targets_NR.clamp(min=0)])
 
 
 def _mixed(shares_NC: torch.Tensor, table_CD: torch.Tensor) -> torch.Tensor:
@@ -238,12 +242,22 @@ class TokenReading(nn.Module):
         self.none_W = nn.Parameter(torch.zeros(SPELLING_WIDTH, dtype=torch.float32))
 
     def forward(
-        self, seen_ND: torch.Tensor, keys_CW: torch.Tensor, targets_N: torch.Tensor | None
+        self,
+        seen_ND: torch.Tensor,
+        keys_CW: torch.Tensor,
+        targets_N: torch.Tensor | None,
+        offset_C: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Shares of the vocabulary's tokens [N, C], and of none [N], which add up to 1; and, where targets are given
-        (-1 for none, -2 for unknown), minus the logarithm of each target's share [N], 0 where it is unknown."""
+        """Shares of the tokens [N, C], and of none [N], which add up to 1; and, where targets are given (-1 for none,
+        -2 for one left out), minus the logarithm of each target's share [N], 0 for one left out.
+
+        Args:
+            offset_C: added to the logits.
+        """
         queries_NW = F.normalize(self.query(seen_ND).float(), dim=-1) * self.log_scale.exp()
         logits_NC = (queries_NW @ keys_CW.T).float()
+        if offset_C is not None:
+            logits_NC = logits_NC + offset_C
         none_N = (queries_NW * self.none_W).sum(dim=-1)
         total_N = torch.logaddexp(logits_NC.logsumexp(dim=-1), none_N)
         shares_NC = (logits_NC - total_N[:, None]).exp()

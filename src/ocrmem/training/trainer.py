@@ -156,8 +156,8 @@ class MEMTrainer(ExplainedTrainer):
         check_trainable(model, proj=model.proj)
         if model.proj.reader is not None and not model.proj.reader.spellings_CL.any():
             raise ConfigError(
-                "the projection reads tokens by their spelling (projection.read_tokens) and knows none. Give "
-                "`MEMModel` vocabulary=tokenizer.convert_ids_to_tokens([*range(len(tokenizer))])."
+                "the projection reads tokens by their spelling (projection.read_tokens) and was given no vocabulary. "
+                "Make the model with MEMModel(…, vocabulary=tokenizer.get_vocab())."
             )
         if not asked_for_deepspeed():  # whose stage is known below, and which moves no weight before it is
             check_memory(model, args.device, shares=args.world_size if asked_for_fsdp() else 1)
