@@ -45,13 +45,12 @@ def spellings(vocabulary: Mapping[str, int], size: int) -> torch.Tensor:
         size: rows of the LLM's embedding; tokens beyond are left out, and rows without a token have no bytes.
     """
     byte_of = {ord(char): byte for byte, char in bytes_to_unicode().items()} | {ord("▁"): ord(" ")}
-    spelled_CL = torch.zeros(size, FIRST + LAST, dtype=torch.uint8)
+    spelled = [bytes(FIRST + LAST)] * size
     for token, row in vocabulary.items():
         found = b"".join(bytes([byte_of[ord(c)]]) if ord(c) in byte_of else c.encode("utf-8", "replace") for c in token)
         if row < size:
-            first, last = found[:FIRST], found[FIRST:][-LAST:]
-            spelled_CL[row] = torch.tensor([*first.ljust(FIRST, b"\0"), *last.ljust(LAST, b"\0")], dtype=torch.uint8)
-    return spelled_CL
+            spelled[row] = found[:FIRST].ljust(FIRST, b"\0") + found[FIRST:][-LAST:].ljust(LAST, b"\0")
+    return torch.frombuffer(bytearray(b"".join(spelled)), dtype=torch.uint8).view(size, FIRST + LAST)
 
 
 class VocabularyReader(nn.Module):
