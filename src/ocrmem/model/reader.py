@@ -74,7 +74,9 @@ class VocabularyReader(nn.Module):
         size, width = embeddings_CD.shape
         self.readings = nn.ModuleList(TokenReading(width) for _ in range(read_tokens))
         # For each place of a token and each byte; a token's key is the sum over its places.
-        self.letters = nn.Parameter(torch.randn((FIRST + LAST) * BYTES, SPELLING_WIDTH, dtype=torch.float32))
+        # Only the directions of their sums count; the smaller they are, the faster these turn.
+        letters = torch.randn((FIRST + LAST) * BYTES, SPELLING_WIDTH, dtype=torch.float32)
+        self.letters = nn.Parameter(0.05 * letters)
         self.value = nn.Linear(width, width, bias=False, dtype=torch.float32)
         nn.init.eye_(self.value.weight)
         table = embeddings_CD.detach().to(torch.float32, copy=True)
