@@ -304,6 +304,10 @@ def test_token_slots_follow_the_pixels_or_are_dealt_evenly(bank, tokenizer):
         begin, end = bank.token_range(0, 0, int(bank.unit_end_U[1]))
         expected = bank.token_ids_T[begin:end].tolist()
         assert kept == expected or (not evenly and set(kept) <= set(expected) and len(kept) >= len(expected) - 2)
+    load_V = (token_slots(bank.joined(4), units, evenly=True)[0] >= 0).sum(axis=1)
+    in_use = bank.joined(4).tokens_on([0, 1])
+    assert load_V[:in_use].max() - load_V[:in_use].min() <= 1, "evenly over the page, not line by line"
+    assert not load_V[in_use:].any()
     by_pixels = token_slots(bank.joined(4), units, evenly=False)
     first = tokenizer.decode([token for token in by_pixels[0, 0] if token >= 0])
     assert PROSE.startswith(first.strip())
