@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,15 @@ import yaml
 from ocrmem.errors import ConfigError
 
 T = TypeVar("T")
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """YAML whose `1e-3` is a number, as YAML 1.2 has it; PyYAML's 1.1 wants `1.0e-3` and takes the other for text."""
+
+
+SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z"), list("-+.0123456789")
+)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -69,7 +79,7 @@ def load_yaml(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         ConfigError: the file is missing or no mapping, or an override has no `=`.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), SettingsLoader) or {}
     except FileNotFoundError:
         raise ConfigError(f"config file {str(path)!r} does not exist; give the path of a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -102,6 +112,6 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section.")
     try:
         # A colour such as #ff0000, which YAML takes for a comment.
-        values[last] = text if text.startswith("#") else yaml.safe_load(text)
+        values[last] = text if text.startswith("#") else yaml.load(text, SettingsLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None

@@ -86,9 +86,6 @@ class ObjectiveSettings:
     """The curriculum, one stage after the other."""
     packed_length: int = 16384
     """Positions of one packed row; a step has `per_device_train_batch_size` of them."""
-    reading_weight: float = 0.2
-    """Weight, in the stages, of the cross entropy of reading the text tokens that begin within each piece, for a
-    projection that reads any (`projection.read_tokens`); in the warm start it is 1."""
     features: Features = "ocr"
     """What the projection reads: pages, or for the trained rivals of an evaluation the text tokens themselves,
     averaged (`mean-pooling`) or side by side (`convolution`: kernel and stride are the tokens of one memory token, or
@@ -105,9 +102,8 @@ class ObjectiveSettings:
             raise ConfigError("objectives need at least one file in `corpora` and one stage in `stages`.")
         if self.features not in FEATURES:
             raise ConfigError(f"objectives.features={self.features!r}: expected one of {', '.join(FEATURES)}.")
-        for name in ("reading_weight", "warm_start_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"objectives.{name}={getattr(self, name)}: expected 0 or more.")
+        if self.warm_start_weight < 0:
+            raise ConfigError(f"objectives.warm_start_weight={self.warm_start_weight}: expected 0 or more.")
         if not 0 <= self.warm_start_lexicon <= 1 or (self.warm_start_lexicon and not self.lexicon):
             raise ConfigError(
                 f"objectives.warm_start_lexicon={self.warm_start_lexicon} with lexicon={self.lexicon}: expected a "

@@ -34,9 +34,9 @@ class ProjectionSettings:
     token has the RMS of the LLM's embeddings."""
     read_tokens: int = 0
     """Read so many text tokens of each piece, by the spelling of every token of the LLM's vocabulary, and give their
-    embeddings to the layers that follow; so that what the embeddings are need not be learnt, but only which letters
-    stand on the page (kind `attention` alone). Costs 2 × vocabulary × 144 FLOP a piece and token, and
-    forward, where it learns to read, 2 × 16,384 × (144 + embedding width)."""
+    embeddings, and nothing else of a piece, to the layers that follow; so that what the embeddings are need not be
+    learnt, but only which letters stand on the page (kind `attention` alone). Costs 2 × vocabulary × 144 FLOP a piece
+    and token, and forward, where it learns to read, 2 × 16,384 × (144 + embedding width)."""
     deal_tokens: bool = False
     """Deal out the tokens that were read evenly, in order, over the memory tokens of a page, in place of each memory
     token having those that begin in its own pixels, one here and four there; with `read_tokens` and `merge`. A memory

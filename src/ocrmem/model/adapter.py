@@ -158,10 +158,9 @@ def load_projection(
     stored in bfloat16 or int8.
 
     Args:
-        start: take a file of fewer merged pieces, or one that reads no tokens, too, to start training from it: the
-            matrices of the pieces that it lacks and those that add what is read are zeros, so that the projection
-            begins as the one in the file; but for `deal_tokens`, where the matrices of pieces become those of tokens
-            and it begins near it, once it can read.
+        start: take a file of fewer merged pieces, or one that reads no tokens, too, to start training from it. The
+            matrices of the pieces that it lacks are zeros, so that the projection begins as the one in the file. One
+            that reads begins to learn it with the file's layers over pieces, and what follows those anew.
         put: puts checked weights into the projection, where several processes share it; None: `load_state_dict`.
 
     Raises:
@@ -211,15 +210,14 @@ def load_projection(
 
 
 def _begun(proj: nn.Module, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of what a smaller projection's file has none of: zeros where they add something, else as they are."""
+    """Weights of what a smaller projection's file has none of: zeros where they add something, of a reader as they
+    are."""
     own, begun = proj.state_dict(), {}
     if "merge.0.weight" in found:
         pieces = sum(key.startswith("merge.") for key in found)
         begun = {key: torch.zeros(v.shape) for key, v in own.items() if _merge_number(key) >= pieces}
     if not any(key.startswith("reader.") for key in found):
-        for key, value in own.items():
-            if key.startswith("reader."):
-                begun[key] = torch.zeros(value.shape) if ".value." in key else value.detach().cpu().clone()
+        begun |= {key: value.detach().cpu().clone() for key, value in own.items() if key.startswith("reader.")}
     return begun
 
 

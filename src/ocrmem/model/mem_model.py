@@ -214,7 +214,8 @@ class MEMModel(PreTrainedModel):
             features -> proj -> memory tokens: the first grad_fn of the chain
             splice -> embeddings: grad_fn, from the memory tokens alone
             frozen LLM -> logits -> loss: grad_fn; the gradient passes through the frozen weights, and stops at none
-        Nothing here detaches, reads `.data` or disables grad mode, and the mode of a part (`train()` or `eval()`)
+        Nothing here reads `.data` or disables grad mode, nothing detaches but `proj` given `memory_token_ids`, whose
+        layers that read then learn from `reading_loss` alone, and the mode of a part (`train()` or `eval()`)
         does not matter for the chain. Where no sample of a training batch has a memory, the projection is run on
         zeros and enters the embeddings with weight 0, so that every rank of a distributed run has the same graph.
 

@@ -9,7 +9,8 @@ features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬�
 
 With `merge`, a memory token is the sum of its pieces, each through a matrix of its own: the last starts as it is and
 the others at zero, so that a projection of more pieces begins as one of fewer. Without it, the last stands for all.
-With `deal_tokens`, the tokens that were read, dealt out evenly over a page, stand in the place of the pieces.
+With `read_tokens`, the embeddings of the tokens that were read stand in the place of the pieces, and nothing else of
+these goes on; with `deal_tokens` they are dealt out evenly over a page.
 
 Its weights are always float32, whatever type the LLM has: in bfloat16 AdamW at a learning rate of 1e-5 would move
 2% of the weights a step and learn almost nothing. Its output has the RMS of the LLM's embeddings, so that memory
@@ -30,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError, SpliceError
-from ocrmem.model.reader import PRESENT, VocabularyReader, dealt_evenly
+from ocrmem.model.reader import PRESENT, TokenReading, VocabularyReader, dealt_evenly
 
 ROTARY_BASE = 100.0
 """Base of the rotary angles (Su et al. 2021, who have 10,000): what is read together is a few tokens apart."""
@@ -134,7 +135,8 @@ class Projection(nn.Module):
                 settings say, or fewer for less compression.
             page_num_tokens_P: tokens in use on each page; attention does not look beyond them. None: all V.
             token_ids_PVT: [P, V × pieces, T], the text tokens that begin within each piece, in order, then -1; for
-                `settings.read_tokens` alone.
+                `settings.read_tokens` alone. With them the layers that read learn from the cross entropy of reading
+                alone: the memory's gradient ends at the embeddings of what was read.
 
         Returns:
             memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms` times its gain; with
@@ -161,10 +163,9 @@ class Projection(nn.Module):
             else:
                 read_PVRD, present_PVR, reading_loss = self.reader(memory_PVD, used_P, token_ids_PVT)
                 if self.deal_tokens:
-                    states_PVRD = memory_PVD[:, :, None] + read_PVRD
-                    memory_PVD = self._dealt(states_PVRD, present_PVR, pieces, page_num_tokens_P)
+                    memory_PVD = self._dealt(read_PVRD, present_PVR, pieces, page_num_tokens_P)
                 else:
-                    memory_PVD = self._merged(memory_PVD + read_PVRD.sum(dim=2), pieces)
+                    memory_PVD = self._merged(read_PVRD.sum(dim=2), pieces)
             if self.merged is not None:
                 memory_PVD = self.merged(memory_PVD, page_num_tokens_P)
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
@@ -200,14 +201,14 @@ class Projection(nn.Module):
 
     def _dealt(
         self,
-        states_PVRD: torch.Tensor,
+        read_PVRD: torch.Tensor,
         present_PVR: torch.Tensor,
         pieces: int,
         page_num_tokens_P: torch.Tensor | None,
     ) -> torch.Tensor:
         """Memory tokens of the tokens that were read, by `ProjectionSettings.deal_tokens`; the first matrix is that of
         the last token of a memory token."""
-        pages, count, readings, _ = states_PVRD.shape
+        pages, count, readings, _ = read_PVRD.shape
         self._check_pieces(pieces + SPARE_TOKENS, pieces)
         slots = count // pieces
         used_P = page_num_tokens_P
@@ -215,9 +216,9 @@ class Projection(nn.Module):
             used_P = present_PVR.new_full((pages,), slots, dtype=torch.int64)
         piece_M = torch.arange(count * readings, device=present_PVR.device) // readings
         present_PM = (present_PVR.flatten(1) > PRESENT) & (piece_M < used_P[:, None] * pieces)
-        dealt_PVKD = dealt_evenly(states_PVRD.flatten(1, 2), present_PM, used_P, (slots, pieces + SPARE_TOKENS))
+        dealt_PVKD = dealt_evenly(read_PVRD.flatten(1, 2), present_PM, used_P, (slots, pieces + SPARE_TOKENS))
         tokens = zip(self.merge, dealt_PVKD.unbind(dim=2), strict=False)
-        return torch.stack([matrix(states_PVD) for matrix, states_PVD in tokens]).sum(dim=0)
+        return torch.stack([matrix(read_PVD) for matrix, read_PVD in tokens]).sum(dim=0)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to()`, `.half()`, `.cuda()`… move the projection, but never out of float32."""
@@ -285,14 +286,14 @@ class PageAttentionLayer(nn.Module):
 
 
 def compile_projection(proj: Projection, **options: Any) -> None:
-    """Compile the forward of each attention layer, and of the reading, with a gradient, which is run for every number
+    """Compile the forward of each attention layer, and of each reading, with a gradient, which is run for every number
     of pages and of tokens; as one graph for all of them. Without a gradient they run as they are: that is rare while
     training.
 
     Args:
         options: of `torch.compile`.
     """
-    for kind in (PageAttentionLayer, VocabularyReader):
+    for kind in (PageAttentionLayer, TokenReading):
         _compile_all(proj, kind, options)
 
 

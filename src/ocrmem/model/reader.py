@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +33,9 @@ PRESENT = 0.5
 """How sure a token must be for a piece to have it."""
 CHUNK = 1024
 """Pieces that are read at once where no gradient is needed: the shares of 49,152 tokens take 200 MB then."""
+LEAST_PIECES = 8
+"""Each reading is of so many pieces in every step, if only to count nothing: distributed training expects a gradient of
+every parameter from every process, and a compiled graph of any number of pieces begins with two."""
 
 
 def spellings(vocabulary: Mapping[str, int], size: int) -> torch.Tensor:
@@ -110,69 +112,78 @@ class VocabularyReader(nn.Module):
 
         Returns:
             What was read [P, V, readings, D]; how surely there is a token [P, V, readings], from 0 to 1; and where
-            `token_ids_PVT` is given, the cross entropy of reading them: nats a piece in use, all its readings together.
+            `token_ids_PVT` is given, the cross entropy of reading them: nats a piece in use, all its readings together
+            to the first that finds no token. Then no gradient of what was read goes beyond `value`, since an LLM's
+            undoes reading (docs/log.md).
         """
         pieces_ND = pieces_PVD.flatten(0, 1)
-        targets_NR = None if token_ids_PVT is None else self._targets(token_ids_PVT).flatten(0, 1)
-        table_CD, chosen_C, offset_C = self.embeddings_CD, None, None
-        if targets_NR is not None and torch.is_grad_enabled() and len(table_CD) > CANDIDATES:
-            chosen_C, offset_C, targets_NR = _chosen(targets_NR, len(table_CD))
-            table_CD = table_CD[chosen_C]
-        keys_CW = self.keys_CW(chosen_C)
-        if torch.is_grad_enabled():
-            read_NRD, present_NR, losses_N = self._read(pieces_ND, keys_CW, table_CD, targets_NR, offset_C)
+        loss = None
+        if token_ids_PVT is not None:
+            used_PV = torch.ones(pieces_PVD.shape[:2], dtype=torch.bool, device=pieces_PVD.device)
+            if used_P is not None:
+                used_PV = torch.arange(pieces_PVD.shape[1], device=pieces_PVD.device) < used_P[:, None]
+            read_NRD, present_NR, loss = self._learn(pieces_ND, used_PV.flatten(), self._targets(token_ids_PVT))
         else:
-            targets = repeat(None) if targets_NR is None else targets_NR.split(CHUNK)
-            cut = zip(pieces_ND.split(CHUNK), targets, strict=False)
-            parts = [self._read(pieces, keys_CW, table_CD, wanted) for pieces, wanted in cut]
-            read_NRD, present_NR, losses_N = (torch.cat(found) for found in zip(*parts, strict=True))
+            keys_CW = self.keys_CW()
+            parts = (pieces_ND,) if torch.is_grad_enabled() else pieces_ND.split(CHUNK)
+            found = [self._read(part_ND, keys_CW) for part_ND in parts]
+            read_NRD, present_NR = (torch.cat(of_parts) for of_parts in zip(*found, strict=True))
         shape = pieces_PVD.shape[:2]
-        read_PVRD, present_PVR = (found.unflatten(0, shape) for found in (read_NRD, present_NR))
-        if token_ids_PVT is None:
-            return read_PVRD, present_PVR, None
-        losses_PV = losses_N.view(shape)
-        if used_P is None:
-            return read_PVRD, present_PVR, losses_PV.mean()
-        used_PV = torch.arange(shape[1], device=losses_PV.device) < used_P[:, None]
-        return read_PVRD, present_PVR, (losses_PV * used_PV).sum() / used_PV.sum().clamp(min=1)
+        return read_NRD.unflatten(0, shape), present_NR.unflatten(0, shape), loss
 
     def _targets(self, token_ids_PVT: torch.Tensor) -> torch.Tensor:
-        """int64 [P, V, readings]: the token of each reading, -1 where the piece has no such token."""
+        """int64 [N, readings]: the token of each reading, -1 where the piece has no such token."""
         wanted = len(self.readings)
-        return F.pad(token_ids_PVT[..., :wanted].long(), (0, max(0, wanted - token_ids_PVT.shape[-1])), value=-1)
+        ids_NT = token_ids_PVT.flatten(0, 1)[:, :wanted].long()
+        return F.pad(ids_NT, (0, wanted - ids_NT.shape[1]), value=-1)
 
-    def _read(
-        self,
-        pieces_ND: torch.Tensor,
-        keys_CW: torch.Tensor,
-        table_CD: torch.Tensor,
-        targets_NR: torch.Tensor | None,
-        offset_C: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Each reading of each piece. What a piece is read as ends with its first none; where neither a gradient nor a
-        loss is wanted, nothing is compared beyond that."""
+    def _read(self, pieces_ND: torch.Tensor, keys_CW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each reading of each piece [N, readings, D], and how surely there is a token. What a piece is read as ends
+        with its first none, and nothing is compared beyond that."""
         seen_ND = F.rms_norm(pieces_ND, pieces_ND.shape[-1:])
         goes_on_N = torch.ones(len(pieces_ND), dtype=torch.bool, device=pieces_ND.device)
         read, present = [], []
-        losses_N = pieces_ND.new_zeros(len(pieces_ND), dtype=torch.float32)
-        for number, reading in enumerate(self.readings):
-            assert isinstance(reading, TokenReading)
-            if targets_NR is None and not torch.is_grad_enabled():
-                shares_AC, none_A, _ = reading(seen_ND[goes_on_N], keys_CW, None)
-                read_AD = self.value(_mixed(shares_AC, table_CD) * self.scale)
-                read_ND = read_AD.new_zeros(len(pieces_ND), read_AD.shape[1])
-                none_N = none_A.new_ones(len(pieces_ND))
-                read_ND[goes_on_N], none_N[goes_on_N] = read_AD, none_A
-            else:
-                targets_N = None if targets_NR is None else targets_NR[:, number]
-                shares_NC, none_N, loss_N = reading(seen_ND, keys_CW, targets_N, offset_C)
-                read_ND = self.value(_mixed(shares_NC, table_CD) * self.scale) * goes_on_N[:, None]
-                none_N = torch.where(goes_on_N, none_N, 1.0)
-                losses_N = losses_N if loss_N is None else losses_N + loss_N
+        for reading in self.readings:
+            mixed_AD, none_A, _ = reading(seen_ND[goes_on_N], keys_CW, self.embeddings_CD)
+            read_AD = self.value(mixed_AD * self.scale)
+            read_ND = read_AD.new_zeros(len(pieces_ND), read_AD.shape[1])
+            none_N = none_A.new_ones(len(pieces_ND))
+            read_ND[goes_on_N], none_N[goes_on_N] = read_AD, none_A
             read.append(read_ND)
             present.append(1 - none_N)
             goes_on_N = none_N < 1 - PRESENT
-        return torch.stack(read, dim=1), torch.stack(present, dim=1), losses_N
+        return torch.stack(read, dim=1), torch.stack(present, dim=1)
+
+    def _learn(
+        self, pieces_ND: torch.Tensor, used_N: torch.Tensor, targets_NR: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same where the text is known, and the cross entropy of reading it: a second token is read of the pieces
+        in use that have a first one, and so on."""
+        table_CD, chosen_C, offset_C = self.embeddings_CD, None, None
+        has_NR = targets_NR >= 0
+        if torch.is_grad_enabled() and len(table_CD) > CANDIDATES:
+            chosen_C, offset_C, targets_NR = _chosen(targets_NR, len(table_CD))
+            table_CD = table_CD[chosen_C]
+        keys_CW = self.keys_CW(chosen_C)
+        seen_ND = F.rms_norm(pieces_ND, pieces_ND.shape[-1:])
+        tokens_N = torch.where(used_N, has_NR.sum(dim=1), -1)
+        most_first_N = tokens_N.argsort(descending=True)
+        counts = torch.stack([(tokens_N >= number).sum() for number in range(len(self.readings))]).tolist()
+        goes_on_N = used_N
+        read, present, total = [], [], pieces_ND.new_zeros((), dtype=torch.float32)
+        for number, (reading, count) in enumerate(zip(self.readings, counts, strict=True)):
+            rows_A = most_first_N[: max(count, LEAST_PIECES)]
+            seen_AD = seen_ND.index_select(0, rows_A)
+            mixed_AD, none_A, losses_A = reading(seen_AD, keys_CW, table_CD, targets_NR[rows_A, number], offset_C)
+            total = total + (losses_A * (tokens_N[rows_A] >= number)).sum()
+            goes_on_A = goes_on_N[rows_A] & (tokens_N[rows_A] >= number)
+            read_AD = self.value(mixed_AD * self.scale) * goes_on_A[:, None]
+            none_N = none_A.new_ones(len(pieces_ND))
+            none_N[rows_A] = torch.where(goes_on_A, none_A.detach(), 1.0)
+            read.append(read_AD.new_zeros(len(pieces_ND), read_AD.shape[1]).index_copy(0, rows_A, read_AD))
+            present.append(1 - none_N)
+            goes_on_N = none_N < 1 - PRESENT
+        return torch.stack(read, dim=1), torch.stack(present, dim=1), total / used_N.sum().clamp(min=1)
 
 
 def _chosen(targets_NR: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -246,14 +257,21 @@ class TokenReading(nn.Module):
         self,
         seen_ND: torch.Tensor,
         keys_CW: torch.Tensor,
-        targets_N: torch.Tensor | None,
+        table_CD: torch.Tensor,
+        targets_N: torch.Tensor | None = None,
         offset_C: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Shares of the tokens [N, C], and of none [N], which add up to 1; and, where targets are given (-1 for none,
-        -2 for one left out), minus the logarithm of each target's share [N], 0 for one left out.
+        """Read.
 
         Args:
+            keys_CW: of the tokens, and
+            table_CD: their embeddings.
+            targets_N: the token of each piece, as a place among them; -1 for none, -2 for one left out.
             offset_C: added to the logits.
+
+        Returns:
+            The embeddings mixed at the tokens' shares [N, D]; the share of none [N]; and where targets are given,
+            minus the logarithm of each target's share [N], 0 for one left out. Then the mixture has no gradient.
         """
         queries_NW = F.normalize(self.query(seen_ND).float(), dim=-1) * self.log_scale.exp()
         logits_NC = (queries_NW @ keys_CW.T).float()
@@ -264,9 +282,9 @@ class TokenReading(nn.Module):
         shares_NC = (logits_NC - total_N[:, None]).exp()
         none_share_N = (none_N - total_N).exp()
         if targets_N is None:
-            return shares_NC, none_share_N, None
+            return _mixed(shares_NC, table_CD), none_share_N, None
         # From the same logits as the total: computed apart, it is rounded otherwise under autocast, and a run learnt to
         # gain 2 nats a piece by that alone (docs/log.md).
         found_N = logits_NC.gather(-1, targets_N.clamp(min=0)[:, None])[:, 0]
         losses_N = total_N - torch.where(targets_N < 0, none_N, found_N)
-        return shares_NC, none_share_N, losses_N * (targets_N != -2)
+        return _mixed(shares_NC.detach(), table_CD), none_share_N, losses_N * (targets_N != -2)

@@ -194,7 +194,7 @@ class ObjectiveTrainer(MEMTrainer):
     ) -> Any:
         """Warm start: cosine distance to the covered text's mean embedding, at its weight. Else cross entropy, and the
         KL divergence from the teacher at its weight. With `projection.read_tokens`, the cross entropy of reading the
-        pieces: at `objectives.reading_weight`, in the warm start whole."""
+        pieces too, from which alone the layers that read learn."""
         if self.settings.compile and not self._compiled:
             compile_layers(self.model.base_llm_model)
             dtype = self.model.base_llm_model.dtype
@@ -209,13 +209,13 @@ class ObjectiveTrainer(MEMTrainer):
             self._note("warm_start", outputs.loss)
             self._note_memory(inputs)
             outputs.loss = self.settings.warm_start_weight * outputs.loss
-            return self._with_reading(outputs, 1.0)
+            return self._with_reading(outputs)
         self._labels += inputs["task_of_label"].numel()
         weight = inputs.get("distillation", 0.0)
         teacher_NC = teacher_logits(self.model, inputs) if weight and "teacher_input_ids" in inputs else None
         self._note_memory(inputs)
         outputs = model(**{key: inputs[key] for key in FORWARD_KEYS if key in inputs}, use_cache=False)
-        loss = self._with_reading(outputs, self.settings.reading_weight)
+        loss = self._with_reading(outputs)
         self._note_tasks(outputs, inputs)
         if teacher_NC is not None:
             divergence = distillation_loss(outputs.logits[inputs["distilled_index"]], teacher_NC)
@@ -223,11 +223,11 @@ class ObjectiveTrainer(MEMTrainer):
             loss = loss + weight * divergence
         return (loss, outputs) if return_outputs else loss
 
-    def _with_reading(self, outputs: Any, weight: float) -> torch.Tensor:
+    def _with_reading(self, outputs: Any) -> torch.Tensor:
         if outputs.reading_loss is None:
             return outputs.loss
         self._note("reading", outputs.reading_loss)
-        return outputs.loss + weight * outputs.reading_loss
+        return outputs.loss + outputs.reading_loss
 
     @torch.no_grad()
     def _note_tasks(self, outputs: Any, inputs: dict[str, Any]) -> None:

@@ -185,7 +185,9 @@ class MEMTrainer(ExplainedTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             plugin.ignored_modules = [model.ocr_embed]
             model.ocr_embed.to(args.device)  # pyright: ignore[reportCallIssue]
-        self.gradient_flow = GradientFlowCallback("proj", mode=gradient_check, prepare=self.check_inputs)
+        self.gradient_flow = GradientFlowCallback(
+            "proj", mode=gradient_check, prepare=self.check_inputs, loss_fn=self.check_loss
+        )
         self._gradient_check = gradient_check
         self.add_callback(self.gradient_flow)
         self.feature_store = feature_store
@@ -194,6 +196,11 @@ class MEMTrainer(ExplainedTrainer):
     def check_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the gradient check runs the model on, of a batch."""
         return self._prepare_inputs(inputs)
+
+    def check_loss(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """What the gradient check goes back from: the loss, and that of reading, if the batch has its text."""
+        reading_loss = outputs.get("reading_loss")
+        return outputs.loss if reading_loss is None else outputs.loss + reading_loss
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's, with a message that says what to change where a step does not fit into memory."""
