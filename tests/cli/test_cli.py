@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from ocrmem import cli
+from ocrmem.config.loader import load_yaml
 from ocrmem.errors import AssetError, message_of
 
 VERBS = ["params", "fetch", "render", "tune-page", "train", "chat", "store", "eval", "doctor"]
@@ -95,6 +96,21 @@ def config_file(tmp_path, **changes):
 )
 def test_a_wrong_config_is_one_line(tmp_path, changes, message):
     assert message in fails("train", config_file(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3), ("-2.5E+3", -2500.0), (".5e2", 50.0), ("[1e-3, b]", [1e-3, "b"]),
+        ("abc1e3", "abc1e3"), ("1e", "1e"), ("'1e-3'", "1e-3"), ("0x1e3", 0x1E3),
+    ],
+)  # fmt: skip
+def test_a_number_with_an_exponent_is_a_number(tmp_path, text, value):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"training: {{learning_rate: {text}}}\n", encoding="utf-8")
+    assert load_yaml(path, [f"training.weight_decay={text}"]) == {
+        "training": {"learning_rate": value, "weight_decay": value}
+    }
 
 
 def test_overrides_and_missing_files(tmp_path):
