@@ -92,6 +92,10 @@ def config_file(tmp_path, **changes):
         ),
         ({"data": {"train": "none.jsonl"}}, "none.jsonl"),
         ({"llm": {"name": "smollm2"}}, "smollm2"),
+        (
+            {"projection": {"kind": "attention", "read_tokens": 2}},
+            "read_tokens=2 without `objectives` would never learn",
+        ),
     ],
 )
 def test_a_wrong_config_is_one_line(tmp_path, changes, message):

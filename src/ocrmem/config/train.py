@@ -118,6 +118,12 @@ class TrainConfig:
             raise ConfigError(f"compile_memory_budget={self.compile_memory_budget}: expected more than 0, at most 1.")
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ConfigError(f"loss_chunk_size={self.loss_chunk_size}: expected 1 or more, or null.")
+        if self.projection.read_tokens and self.objectives is None and self.adapter is None:
+            raise ConfigError(
+                f"projection.read_tokens={self.projection.read_tokens} without `objectives` would never learn to read: "
+                "that is learnt from the text of the pages, which replies alone do not give. Add `objectives`, name an "
+                "`adapter` that reads, or set projection.read_tokens=0."
+            )
 
 
 def load_train_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:

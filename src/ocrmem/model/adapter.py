@@ -159,8 +159,9 @@ def load_projection(
 
     Args:
         start: take a file of fewer merged pieces, or one that reads no tokens, too, to start training from it. The
-            matrices of the pieces that it lacks are zeros, so that the projection begins as the one in the file. One
-            that reads begins to learn it with the file's layers over pieces, and what follows those anew.
+            matrices of the pieces that it lacks are zeros, so that the projection begins as the one in the file. From
+            one that reads none, a projection begins to learn reading with its layers over pieces; those behind get
+            what is read in place of pieces, and have to learn it.
         put: puts checked weights into the projection, where several processes share it; None: `load_state_dict`.
 
     Raises:

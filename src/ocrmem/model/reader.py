@@ -168,15 +168,16 @@ class VocabularyReader(nn.Module):
         seen_ND = F.rms_norm(pieces_ND, pieces_ND.shape[-1:])
         tokens_N = torch.where(used_N, has_NR.sum(dim=1), -1)
         most_first_N = tokens_N.argsort(descending=True)
-        counts = torch.stack([(tokens_N >= number).sum() for number in range(len(self.readings))]).tolist()
+        wanted = torch.stack([(tokens_N >= number).sum() for number in range(len(self.readings))]).tolist()
         goes_on_N = used_N
         read, present, total = [], [], pieces_ND.new_zeros((), dtype=torch.float32)
-        for number, (reading, count) in enumerate(zip(self.readings, counts, strict=True)):
-            rows_A = most_first_N[: max(count, LEAST_PIECES)]
+        for number, (reading, pieces) in enumerate(zip(self.readings, wanted, strict=True)):
+            rows_A = most_first_N[: max(pieces, LEAST_PIECES)]
             seen_AD = seen_ND.index_select(0, rows_A)
             mixed_AD, none_A, losses_A = reading(seen_AD, keys_CW, table_CD, targets_NR[rows_A, number], offset_C)
-            total = total + (losses_A * (tokens_N[rows_A] >= number)).sum()
-            goes_on_A = goes_on_N[rows_A] & (tokens_N[rows_A] >= number)
+            counts_A = tokens_N[rows_A] >= number
+            total = total + (losses_A * counts_A).sum()
+            goes_on_A = goes_on_N[rows_A] & counts_A
             read_AD = self.value(mixed_AD * self.scale) * goes_on_A[:, None]
             none_N = none_A.new_ones(len(pieces_ND))
             none_N[rows_A] = torch.where(goes_on_A, none_A.detach(), 1.0)
