@@ -92,6 +92,7 @@ def config_file(tmp_path, **changes):
         ),
         ({"data": {"train": "none.jsonl"}}, "none.jsonl"),
         ({"llm": {"name": "smollm2"}}, "smollm2"),
+        ({"training": {"learning_rate": "1e-x"}}, "learning_rate='1e-x': expected a value like 5e-05, got text"),
         (
             {"projection": {"kind": "attention", "read_tokens": 2}},
             "read_tokens=2 without `objectives` would never learn",

@@ -159,10 +159,12 @@ def training_arguments(config: TrainConfig, **defaults: Any) -> TrainingArgument
     Raises:
         ConfigError: an unknown name (the nearest is given), or a value that transformers refuses.
     """
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for key in config.training:
+    known = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+    for key, value in config.training.items():
         if key not in known:
             raise ConfigError(f"unknown setting 'training.{key}'. {nearest(key, known)}")
+        if isinstance(value, str) and isinstance(known[key].default, (int, float)):  # transformers takes any text
+            raise ConfigError(f"training.{key}={value!r}: expected a value like {known[key].default!r}, got text.")
     if "output_dir" in config.training:
         raise ConfigError("set `output_dir` at the top of the config, not in `training`.")
     values = {**TRAINING_DEFAULTS, **defaults, **config.training}
