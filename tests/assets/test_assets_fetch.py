@@ -359,6 +359,7 @@ def test_names():
         "chitchat",
         "wiki-leads",
         "long-prose",
+        "english-words",
         "noto-sans-sc",
         "noto-sans-kr",
         "noto-sans-devanagari",

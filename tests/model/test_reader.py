@@ -304,8 +304,49 @@ def test_a_batch_with_its_text_has_the_same_loss_and_that_of_reading():
     torch.testing.assert_close(with_text.loss, without.loss)
     assert without.reading_loss is None
     assert with_text.reading_loss > 1
-    with pytest.raises(SpliceError, match="`memory_targets` or `memory_token_ids` came without `features`"):
-        model(**batch, memory_token_ids=ids_PVT)
+    with pytest.raises(SpliceError, match="`memory_targets` came without `features`; give both"):
+        model(**batch, memory_targets=torch.zeros(pages, model.ocr_embed.tokens_per_page, 8))
+
+
+@pytest.mark.parametrize("deal_tokens", [False, True])
+def test_true_tokens_stand_for_what_would_be_read(deal_tokens, monkeypatch):
+    model = tiny_model(kind="attention", read_tokens=2, merge=True, deal_tokens=deal_tokens)
+    batch = tiny_batch()
+    features = model.ocr_embed(batch.pop("pages"))
+    ids_PVT = torch.randint(0, 50, (len(features), model.ocr_embed.tokens_per_page, 2))
+    ids_PVT[:, ::3] = -1
+    ids_PVT[:, 1::3, 1] = -1
+
+    def rightly(seen_ND, keys_CW, table_CD, targets_N, offset_C):
+        return table_CD[targets_N.clamp(min=0)], (targets_N < 0).float(), seen_ND.new_zeros(len(targets_N))
+
+    true, reading_loss = model.proj(None, batch["page_num_tokens"], token_ids_PVT=ids_PVT)
+    assert reading_loss is None
+    for reading in model.proj.reader.readings:
+        monkeypatch.setattr(reading, "forward", rightly)
+    read, _ = model.proj(features, batch["page_num_tokens"], token_ids_PVT=ids_PVT)
+    used = torch.arange(read.shape[1]) < batch["page_num_tokens"][:, None]
+    torch.testing.assert_close(read[used], true[used])
+    outputs = model(**batch, memory_token_ids=ids_PVT)
+    outputs.loss.backward()
+    assert outputs.reading_loss is None
+    learning = {name for name, parameter in model.proj.named_parameters() if parameter.grad is not None}
+    assert "reader.value.weight" in learning
+    assert not any(name.startswith(("linear", "attention", "reader.readings", "reader.letters")) for name in learning)
+
+
+def test_other_pages_are_read_beside_those_of_the_memory():
+    model = tiny_model(kind="attention", read_tokens=2, merge=True, deal_tokens=True)
+    batch = tiny_batch()
+    features = model.ocr_embed(batch.pop("pages"))
+    ids_PVT = torch.randint(-1, 50, (len(features), model.ocr_embed.tokens_per_page, 2))
+    others = {"features": features.flip(0)[:1], "page_num_tokens": torch.tensor([2]), "memory_token_ids": ids_PVT[:1]}
+    outputs = model(**batch, memory_token_ids=ids_PVT, reading=others)
+    torch.testing.assert_close(outputs.loss, model(**batch, memory_token_ids=ids_PVT).loss)
+    _, expected = model.proj(others["features"], others["page_num_tokens"], token_ids_PVT=ids_PVT[:1])
+    torch.testing.assert_close(outputs.reading_loss, expected)
+    (outputs.loss + outputs.reading_loss).backward()
+    assert all(parameter.grad is not None for parameter in model.proj.parameters())
 
 
 @pytest.mark.parametrize("deal_tokens", [False, True])
@@ -362,6 +403,8 @@ def test_tokens_that_cannot_be_read_are_refused(read_tokens, shape, said):
     proj = Projection(settings, **parts, embeddings_CD=torch.randn(11, 8))
     with pytest.raises(SpliceError, match=said):
         proj(torch.randn(1, 3, 4), token_ids_PVT=torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(SpliceError, match="neither features nor text tokens came to the projection"):
+        proj(None)
 
 
 def test_a_projection_begins_to_read_with_the_layers_of_one_that_does_not(tmp_path):

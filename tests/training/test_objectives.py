@@ -150,6 +150,34 @@ def test_rows_say_which_tokens_begin_within_each_piece(bank, frame, pieces):
     assert "memory_token_ids" not in without[1]
 
 
+def test_pages_of_their_own_are_read_beside_the_llms(bank, frame):
+    by_pieces = {n: TaskSampler(bank.joined(n), frame, memory_token_id=memory_id(frame)) for n in (1, 4)}
+    settings = ObjectiveSettings(
+        corpora=("x",),
+        packed_length=1024,
+        warm_start_steps=1,
+        reading_tokens=300,
+        stages=(Stage(steps=1, max_units=2, pieces=1), Stage(steps=2, max_units=4)),
+    )
+    rows = PackedRows(by_pieces, settings, seed=0, rows_per_step=1, pad_token_id=0, reading_bank=bank)
+    assert ["reading" in rows[i] for i in range(4)] == [False, False, True, True]
+    assert "reading" in rows.checked_row()
+    row = rows[2]
+    assert 300 <= int(row["reading"]["page_num_tokens"].sum()) < 300 + 4 * by_pieces[4].bank.tokens_per_unit
+    for part in (row, row["reading"]):
+        assert part["memory_token_ids"].shape[:2] == (
+            len(part["units"]),
+            part["units"].shape[1] * bank.tokens_per_unit,
+        )
+    assert not torch.equal(row["reading"]["units"], row["units"])
+    assert not torch.equal(row["reading"]["units"], rows[3]["reading"]["units"])
+    alone = dataclasses.replace(settings, reading_tokens=0)
+    same = PackedRows(by_pieces, alone, seed=0, rows_per_step=1, pad_token_id=0, reading_bank=bank)
+    assert torch.equal(same[2]["input_ids"], row["input_ids"])
+    rival = PackedRows(by_pieces, settings, seed=0, rows_per_step=1, pad_token_id=0)
+    assert "reading" not in rival[2]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_warm_start_takes_its_share_from_the_lexicon(bank, frame, share):
     shuffled = [dataclasses.replace(document, shuffled=number == 1) for number, document in enumerate(bank.documents)]
@@ -398,11 +426,13 @@ CONFIG = {
 
 
 @pytest.mark.slow
-def test_a_run_with_objectives_learns_and_resumes_exactly(tmp_path):
+@pytest.mark.parametrize("reading_tokens", [0, 64])
+def test_a_run_with_objectives_learns_and_resumes_exactly(tmp_path, reading_tokens):
     def config(name):
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump({**CONFIG, "output_dir": str(tmp_path / name)}))
-        return load_train_config(path, [f"feature_cache={tmp_path / 'features'}"])
+        overrides = (f"feature_cache={tmp_path / 'features'}", f"objectives.reading_tokens={reading_tokens}")
+        return load_train_config(path, overrides)
 
     whole = train(config("whole"))
     names = {key for entry in whole.log_history for key in entry}
@@ -452,6 +482,8 @@ def test_pieces_that_do_not_divide_are_refused(objectives, message, bank, frame,
         ({"stages": [{"steps": 0, "max_units": 1}]}, "steps=0: expected 1 or more"),
         ({"stages": [{"steps": 1, "min_units": 3, "max_units": 2}]}, "min_units=3 and max_units=2"),
         ({"stages": [{"steps": 1, "max_units": 2, "tasks": {"sing": 1}}]}, "unknown tasks .'sing'."),
+        ({"stages": [{"steps": 1, "max_units": 1}], "reading_tokens": -1}, "reading_tokens=-1: expected 0 or more"),
+        ({"stages": [{"steps": 1, "max_units": 1}], "lexicon_words": "w.txt"}, "lexicon_words='w.txt' with lexicon=0"),
         ({"stages": []}, "at least one file in `corpora` and one stage"),
         ({"features": "pixels", "stages": [{"steps": 1, "max_units": 1}]}, "features"),
         ({"stages": [{"steps": 1, "max_unit": 1}]}, "setting 'objectives.stages.max_unit'. Did you mean 'max_units'"),

@@ -93,10 +93,7 @@ class MEMModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # tells Trainer that forward takes num_items_in_batch
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     config: MEMConfig
 
@@ -113,8 +110,7 @@ class MEMModel(PreTrainedModel):
         super().__init__(config)
         freeze(base_llm_model, part="base_llm_model")
         freeze(ocr_embed, part="ocr_embed")
-        self.base_llm_model = base_llm_model
-        self.ocr_embed = ocr_embed
+        self.base_llm_model, self.ocr_embed = base_llm_model, ocr_embed
         weight = embedding_weight(base_llm_model)
         self.proj = Projection(
             config.projection_settings,
@@ -143,9 +139,8 @@ class MEMModel(PreTrainedModel):
     def train(self, mode: bool = True) -> Self:
         """Switch all three parts together, and return self.
 
-        The frozen parts follow because Hugging Face checkpoints activations in train mode only. Neither mode cuts
-        the gradient: `eval()` is not a cause of a missing `grad_fn`. Train mode changes nothing in the frozen parts:
-        their dropout was refused, and their batch norms keep their statistics.
+        The frozen parts follow because Hugging Face checkpoints activations in train mode only. Neither mode cuts the
+        gradient, and train mode changes nothing in them: dropout was refused, and batch norms keep their statistics.
         """
         return super().train(mode)
 
@@ -165,6 +160,7 @@ class MEMModel(PreTrainedModel):
         num_pages: torch.Tensor | None = None,
         memory_targets: torch.Tensor | None = None,
         memory_token_ids: torch.Tensor | None = None,
+        reading: Mapping[str, Any] | None = None,
         position_ids: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         max_length_q: int | None = None,
@@ -194,7 +190,8 @@ class MEMModel(PreTrainedModel):
             memory_targets: [P, V, D]; do not run the LLM, but give as the loss the mean of 1 - cosine between each
                 memory token and its target, where that is not zero: a warm start for the projection.
             memory_token_ids: [P, V × pieces, T], the text tokens that begin within each piece, then -1; with
-                `projection.read_tokens`, for `reading_loss`.
+                `projection.read_tokens`, for `reading_loss`; without `features` the memory is made of them.
+            reading: `features`, `page_num_tokens` and `memory_token_ids` of other pages, read for `reading_loss` alone.
             position_ids: int64 [B, S]; in a packed row they start anew with every sample. None: `positions` gives them;
                 with `past_key_values` that hold something, give them where a memory token takes several.
             cu_seq_lens_q: int32 [samples + 1], where the samples of one packed row (B = 1) begin, and S at the end;
@@ -224,10 +221,13 @@ class MEMModel(PreTrainedModel):
         """
         memory_PVD, reading_loss = None, None
         if memory_targets is not None or memory_token_ids is not None:
-            if features is None:
-                raise SpliceError("`memory_targets` or `memory_token_ids` came without `features`; give both.")
+            if features is None and memory_token_ids is None:
+                raise SpliceError("`memory_targets` came without `features`; give both.")
             projected = self.proj(features, page_num_tokens, token_ids_PVT=memory_token_ids)
             memory_PVD, reading_loss = (projected, None) if memory_token_ids is None else projected
+            if reading is not None:
+                others = reading["features"], reading["page_num_tokens"]
+                _, reading_loss = self.proj(*others, token_ids_PVT=reading["memory_token_ids"])
             if memory_targets is not None:
                 return MEMOutput(loss=target_loss(memory_PVD, memory_targets), reading_loss=reading_loss)
         embeds_BSD = self.embed(
@@ -350,7 +350,7 @@ class MEMModel(PreTrainedModel):
         if pages is not None and features is None and pages.shape[0] > 0:
             # Rounded as the feature cache rounds, so that cached and fresh features give the same loss.
             features = self.ocr_embed(pages).to(self._feature_dtype)
-        if features is None or features.shape[0] == 0:
+        if memory is None and (features is None or features.shape[0] == 0):
             if bool(placeholders_BS.any()):
                 raise SpliceError(
                     f"input_ids holds {int(placeholders_BS.sum())} placeholders (id {self.config.memory_token_id}) but "

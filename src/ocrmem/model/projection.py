@@ -76,7 +76,7 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.feature_width = feature_width
-        self.deal_tokens = settings.deal_tokens
+        self.deal_tokens, self.pieces = settings.deal_tokens, settings.pieces
         hidden_size = settings.hidden_size or embedding_width
         if feature_width % settings.pieces:
             raise ConfigError(
@@ -123,7 +123,7 @@ class Projection(nn.Module):
 
     def forward(
         self,
-        features_PVE: torch.Tensor,
+        features_PVE: torch.Tensor | None,
         page_num_tokens_P: torch.Tensor | None = None,
         *,
         token_ids_PVT: torch.Tensor | None = None,
@@ -132,7 +132,8 @@ class Projection(nn.Module):
 
         Args:
             features_PVE: the encoder's features, any floating type. E may be any number of pieces: `pieces` as the
-                settings say, or fewer for less compression.
+                settings say, or fewer for less compression. None: nothing is read, and the memory is made of
+                `token_ids_PVT` as if they had been, with all the settings' pieces to a memory token.
             page_num_tokens_P: tokens in use on each page; attention does not look beyond them. None: all V.
             token_ids_PVT: [P, V × pieces, T], the text tokens that begin within each piece, in order, then -1; for
                 `settings.read_tokens` alone. With them the layers that read learn from the cross entropy of reading
@@ -140,28 +141,30 @@ class Projection(nn.Module):
 
         Returns:
             memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms` times its gain; with
-            `token_ids_PVT` the pair of it and the cross entropy of reading them, in nats.
+            `token_ids_PVT` the pair of it and the cross entropy of reading them, in nats, None where nothing is read.
 
         Raises:
             SpliceError: more pieces to a memory token than the projection has; `token_ids_PVT` where none are read, or
                 of another number of pieces.
         """
-        pages, tokens, width = features_PVE.shape
-        pieces = width // self.piece_width
-        if token_ids_PVT is not None:
-            self._check_token_ids(token_ids_PVT, pages, tokens * pieces)
+        pieces = self.pieces if features_PVE is None else features_PVE.shape[2] // self.piece_width
+        if features_PVE is None or token_ids_PVT is not None:
+            self._check_token_ids(token_ids_PVT, features_PVE, pieces)
         used_P = None if page_num_tokens_P is None else page_num_tokens_P * pieces
-        cut = features_PVE.to(self.compute_dtype or torch.float32).reshape(pages, tokens * pieces, self.piece_width)
-        lower = self.compute_dtype is not None
-        with torch.autocast(cut.device.type, self.compute_dtype, enabled=True) if lower else nullcontext():
-            memory_PVD = self.linear2(F.gelu(self.linear1(cut)))
-            reading_loss = None
-            if self.attention is not None:
-                memory_PVD = self.attention(memory_PVD, used_P)
+        device, lower = self.linear1.weight.device, self.compute_dtype is not None
+        with torch.autocast(device.type, self.compute_dtype, enabled=True) if lower else nullcontext():
+            reading_loss, pieces_PVD = None, None
+            if features_PVE is not None:
+                cut = features_PVE.to(self.compute_dtype or torch.float32)
+                cut = cut.reshape(cut.shape[0], cut.shape[1] * pieces, self.piece_width)
+                pieces_PVD = self.linear2(F.gelu(self.linear1(cut)))
+                if self.attention is not None:
+                    pieces_PVD = self.attention(pieces_PVD, used_P)
             if self.reader is None:
-                memory_PVD = self._merged(memory_PVD, pieces)
+                assert pieces_PVD is not None  # by the check above
+                memory_PVD = self._merged(pieces_PVD, pieces)
             else:
-                read_PVRD, present_PVR, reading_loss = self.reader(memory_PVD, used_P, token_ids_PVT)
+                read_PVRD, present_PVR, reading_loss = self.reader(pieces_PVD, used_P, token_ids_PVT)
                 if self.deal_tokens:
                     memory_PVD = self._dealt(read_PVRD, present_PVR, pieces, page_num_tokens_P)
                 else:
@@ -172,16 +175,25 @@ class Projection(nn.Module):
         memory_PVD = normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
         return memory_PVD if token_ids_PVT is None else (memory_PVD, reading_loss)
 
-    def _check_token_ids(self, token_ids_PVT: torch.Tensor, pages: int, pieces: int) -> None:
+    def _check_token_ids(
+        self, token_ids_PVT: torch.Tensor | None, features_PVE: torch.Tensor | None, pieces: int
+    ) -> None:
+        if token_ids_PVT is None:
+            raise SpliceError("neither features nor text tokens came to the projection; give one of them, or both.")
         if self.reader is None:
             raise SpliceError(
                 "text tokens to read came to a projection with projection.read_tokens=0, which reads none; leave them "
                 "out, or make one that reads."
             )
-        if token_ids_PVT.shape[:2] != (pages, pieces):
+        found = token_ids_PVT.shape[:2]
+        if features_PVE is None:
+            expected = (found[0], found[1] // pieces * pieces)
+        else:
+            expected = (features_PVE.shape[0], features_PVE.shape[1] * pieces)
+        if found != expected:
             raise SpliceError(
-                f"text tokens to read have the shape {list(token_ids_PVT.shape)}, expected [{pages}, {pieces}, …]: "
-                "those of every piece of every memory token."
+                f"text tokens to read have the shape {list(token_ids_PVT.shape)}, expected [{expected[0]}, "
+                f"{expected[1]}, …]: those of every piece of every memory token."
             )
 
     def _check_pieces(self, matrices: int, pieces: int) -> None:

@@ -99,14 +99,15 @@ class VocabularyReader(nn.Module):
 
     def forward(
         self,
-        pieces_PVD: torch.Tensor,
+        pieces_PVD: torch.Tensor | None,
         used_P: torch.Tensor | None = None,
         token_ids_PVT: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Read.
 
         Args:
-            pieces_PVD: what the layers before made of the pieces.
+            pieces_PVD: what the layers before made of the pieces; None: nothing is read, and `token_ids_PVT` are given
+                as if they had been.
             used_P: pieces in use on each page; None: all.
             token_ids_PVT: the text tokens that begin within each piece, in order, then -1.
 
@@ -116,12 +117,13 @@ class VocabularyReader(nn.Module):
             to the first that finds no token. Then no gradient of what was read goes beyond `value`, since an LLM's
             undoes reading (docs/log.md).
         """
+        if pieces_PVD is None:
+            assert token_ids_PVT is not None
+            return self._taken(token_ids_PVT, used_P)
         pieces_ND = pieces_PVD.flatten(0, 1)
         loss = None
         if token_ids_PVT is not None:
-            used_PV = torch.ones(pieces_PVD.shape[:2], dtype=torch.bool, device=pieces_PVD.device)
-            if used_P is not None:
-                used_PV = torch.arange(pieces_PVD.shape[1], device=pieces_PVD.device) < used_P[:, None]
+            used_PV = _used(pieces_PVD, used_P)
             read_NRD, present_NR, loss = self._learn(pieces_ND, used_PV.flatten(), self._targets(token_ids_PVT))
         else:
             keys_CW = self.keys_CW()
@@ -130,6 +132,15 @@ class VocabularyReader(nn.Module):
             read_NRD, present_NR = (torch.cat(of_parts) for of_parts in zip(*found, strict=True))
         shape = pieces_PVD.shape[:2]
         return read_NRD.unflatten(0, shape), present_NR.unflatten(0, shape), loss
+
+    def _taken(
+        self, token_ids_PVT: torch.Tensor, used_P: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """The tokens themselves in the place of what is read."""
+        ids_PVR = self._targets(token_ids_PVT).unflatten(0, token_ids_PVT.shape[:2])
+        present_PVR = (ids_PVR >= 0) & _used(token_ids_PVT, used_P)[..., None]
+        read_PVRD = self.value(self.embeddings_CD[ids_PVR.clamp(min=0)] * self.scale) * present_PVR[..., None]
+        return read_PVRD, present_PVR.to(read_PVRD.dtype), None
 
     def _targets(self, token_ids_PVT: torch.Tensor) -> torch.Tensor:
         """int64 [N, readings]: the token of each reading, -1 where the piece has no such token."""
@@ -185,6 +196,14 @@ class VocabularyReader(nn.Module):
             present.append(1 - none_N)
             goes_on_N = none_N < 1 - PRESENT
         return torch.stack(read, dim=1), torch.stack(present, dim=1), total / used_N.sum().clamp(min=1)
+
+
+def _used(pieces_PV: torch.Tensor, used_P: torch.Tensor | None) -> torch.Tensor:
+    """bool [P, V]: which pieces of each page are in use."""
+    pages, pieces = pieces_PV.shape[:2]
+    if used_P is None:
+        return torch.ones(pages, pieces, dtype=torch.bool, device=pieces_PV.device)
+    return torch.arange(pieces, device=pieces_PV.device) < used_P[:, None]
 
 
 def _chosen(targets_NR: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

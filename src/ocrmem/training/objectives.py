@@ -43,6 +43,7 @@ FORWARD_KEYS = (
     "num_pages",
     "memory_targets",
     "memory_token_ids",
+    "reading",
 )
 """What of a packed row `MEMModel.forward` takes."""
 
@@ -178,7 +179,9 @@ class ObjectiveTrainer(MEMTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a row to the device, and give it its features."""
         inputs = super()._prepare_inputs(inputs)
-        if "features" not in inputs:
+        if "reading" in inputs:
+            inputs["reading"]["features"] = self.source(inputs["reading"])
+        elif "features" not in inputs:
             inputs["features"] = self.source(inputs)
         return inputs
 
@@ -208,7 +211,9 @@ class ObjectiveTrainer(MEMTrainer):
             outputs = model(**{key: inputs[key] for key in FORWARD_KEYS if key in inputs})
             self._note("warm_start", outputs.loss)
             self._note_memory(inputs)
-            outputs.loss = self.settings.warm_start_weight * outputs.loss
+            weight = self.settings.warm_start_weight
+            # At no weight the layers after the reading are left alone: to Muon a gradient of 0 is one.
+            outputs.loss = weight * outputs.loss if weight else 0.0
             return self._with_reading(outputs)
         self._labels += inputs["task_of_label"].numel()
         weight = inputs.get("distillation", 0.0)
@@ -246,9 +251,11 @@ class ObjectiveTrainer(MEMTrainer):
     def _note_memory(self, inputs: dict[str, Any]) -> None:
         if not self.model.training or self.state.global_step % self.settings.log_memory_steps:
             return
-        features, counts = inputs["features"], inputs["page_num_tokens"]
+        features = inputs["features"] if "features" in inputs else self.source(inputs)
+        counts = inputs["page_num_tokens"]
         self._note("memory_varies", varying_share(self.model.proj(features, counts), counts))
-        arguments = {key: inputs[key] for key in FORWARD_KEYS if key in inputs and key != "memory_token_ids"}
+        without = ("memory_token_ids", "reading")
+        arguments = {key: inputs[key] for key in FORWARD_KEYS if key in inputs and key not in without}
         arguments["features"] = features.roll(1, dims=0)
         self._note("wrong_page_loss", self.model(**arguments, use_cache=False).loss)
 

@@ -28,6 +28,8 @@ TOKENS_PER_PIECE = 2
 that a rival of more pieces goes on from one of fewer, as a memory does."""
 TOO_LONG = 3
 """Samples that may fail to fit before a row is closed."""
+ONE_POSITION = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+"""What stands for the LLM's row where it does not run."""
 TEACHER_LENGTH = (4, 2048)
 """The teacher's row has a fourth of the positions of the student's, but no fewer than 2,048 where those have as many:
 few samples are distilled, and what is left of a row of one fixed shape is run for nothing."""
@@ -70,12 +72,13 @@ class PackedRows(Dataset[dict[str, Any]]):
         rng = np.random.default_rng([self.seed, index])
         drawn = stage or self.settings.stages[0]
         pieces = drawn.pieces or self.whole
-        sampler = self.samplers[pieces]
         if stage is None:
-            return self._memory_alone(sampler, rng, drawn, pieces)
-        samples = fill(lambda: sampler.sample(rng, drawn), self.settings.packed_length)
+            return {**self._memory_alone(rng, drawn, self.settings.packed_length), **ONE_POSITION, "warm_start": True}
+        samples = fill(lambda: self.samplers[pieces].sample(rng, drawn), self.settings.packed_length)
         batch = self.pack(samples, pieces, shares=drawn.tasks)
         batch["distillation"] = stage.distillation
+        if self.settings.reading_tokens and self.reading_bank is not None and pieces == self.whole:
+            batch["reading"] = self._memory_alone(rng, drawn, self.settings.reading_tokens)
         return batch
 
     def checked_row(self) -> dict[str, Any]:
@@ -86,25 +89,25 @@ class PackedRows(Dataset[dict[str, Any]]):
         step = self.settings.warm_start_steps + sum(stage.steps for stage in before)
         return self[step * self.rows_per_step]
 
-    def _memory_alone(
-        self, sampler: TaskSampler, rng: np.random.Generator, stage: Stage, pieces: int
-    ) -> dict[str, Any]:
-        """A row of the warm start: `packed_length` memory tokens or a few more, with the text tokens under each as
-        `slots`. The LLM is not run, so one position stands for its row."""
+    def _memory_alone(self, rng: np.random.Generator, stage: Stage, length: int) -> dict[str, Any]:
+        """What a row says of a memory that no LLM reads: `length` memory tokens or a few more, with the text tokens
+        under each as `slots`."""
+        pieces = stage.pieces or self.whole
+        sampler = self.samplers[pieces]
         runs: list[list[int]] = []
         total = 0
         if not sampler.has("all", stage.min_units):
             raise DataError(
-                f"no document of the corpora has {stage.min_units} units, the min_units of the first stage, which the "
-                "warm start uses too. Lower it, or give longer documents."
+                f"no document of the corpora has {stage.min_units} units, the min_units of a stage, and what is read "
+                "without an LLM is as long. Lower it, or give longer documents."
             )
         lexicon = self.settings.warm_start_lexicon
         if lexicon and not sampler.has("shuffled", stage.min_units):
             raise DataError(
                 f"objectives.warm_start_lexicon={lexicon}, and no document of the lexicon has {stage.min_units} units, "
-                "the min_units of the first stage, which the warm start uses too. Lower min_units, or set it to 0."
+                "the min_units of a stage, and what is read without an LLM is as long. Lower min_units, or set it to 0."
             )
-        while total < self.settings.packed_length:
+        while total < length:
             found = sampler.run(rng, stage, pool="shuffled" if lexicon and rng.random() < lexicon else "all")
             if found is not None:
                 runs.append(sampler.units(*found))
@@ -117,7 +120,7 @@ class PackedRows(Dataset[dict[str, Any]]):
             slots="evenly" if self.dealt else "pixels",
             reading_bank=self.reading_bank,
         )
-        return {**batch, "input_ids": torch.zeros(1, 1, dtype=torch.int64), "pieces": pieces, "warm_start": True}
+        return {**batch, "pieces": pieces}
 
     def pack(
         self,
