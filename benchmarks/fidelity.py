@@ -37,7 +37,7 @@ RIVALS = ("mean-pooling", "convolution")
 COMPARED = {"memory": "ocr", **{kind: kind for kind in RIVALS}}
 """Short runs of each ratio by name, with what their projection reads."""
 ABLATIONS: dict[str, tuple[str, ...]] = {
-    "no-lexicon": ("objectives.lexicon=0", "objectives.lexicon_words=null", "objectives.warm_start_lexicon=0"),
+    "no-lexicon": ("objectives.lexicon=0", "objectives.warm_start_lexicon=0"),
     "no-warm-start": ("objectives.warm_start_steps=0",),
     "no-gain": ("projection.gain=false",),
     "no-merge": ("projection.merge=false", "projection.deal_tokens=false"),

@@ -6,8 +6,10 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ocrmem.config.encoder import EncoderSettings
 from ocrmem.config.mem import MEMConfig
@@ -20,8 +22,7 @@ from ocrmem.types import Page, TokenSpans
 
 PAGE = RenderSettings(page_width=28, page_height=15, line_height=5, font_size=5)
 VOCABULARY, PLACEHOLDER = 101, 97
-TOKENS = {f"{number * 7919 % 1009}": number for number in range(VOCABULARY)}
-"""Its tokens, with their ids."""
+LETTERS_OF_TOKENS = "?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,;:!\n"
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 24,
@@ -39,6 +40,13 @@ FAMILIES = {
     "llama": {"head_dim": 6, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 8, "sliding_window": 8},
 }
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter, but for `th`, `the` and `ing`; what it has none for is `?`."""
+    vocabulary = {token: number for number, token in enumerate([*LETTERS_OF_TOKENS, "th", "the", "in", "ing"])}
+    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("in", "g")]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, merges, unk_token="?")))
 
 
 def tiny_llm(family: str = "qwen3", *, seed: int = 0, **overrides: object) -> PreTrainedModel:
@@ -123,7 +131,7 @@ def tiny_model(
     llm, encoder = tiny_llm(family, **llm_overrides), ConvEncoder()
     torch.manual_seed(seed)
     config = tiny_config(kind=kind, read_tokens=read_tokens)
-    return MEMModel(config, base_llm_model=llm, ocr_embed=encoder, vocabulary=TOKENS)
+    return MEMModel(config, base_llm_model=llm, ocr_embed=encoder, tokenizer=tiny_tokenizer())
 
 
 def tiny_batch(

@@ -359,7 +359,6 @@ def test_names():
         "chitchat",
         "wiki-leads",
         "long-prose",
-        "english-words",
         "noto-sans-sc",
         "noto-sans-kr",
         "noto-sans-devanagari",

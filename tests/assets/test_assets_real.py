@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ocrmem.assets import chitchat, english_words, long_prose, wiki_leads
+from ocrmem.assets import chitchat, long_prose, wiki_leads
 from ocrmem.assets.cache import asset_dir, sha256_file
 from ocrmem.assets.fetch import asset_revision, catalogue, resolve
 
@@ -221,11 +221,3 @@ def test_long_prose_counts_and_split():
     for document in train + heldout:
         assert "  " not in document["text"]
         assert "\n\n" not in document["text"]
-
-
-def test_english_words():
-    words = (resolve("english-words") / english_words.WORDS_FILE).read_text(encoding="utf-8").splitlines()
-    assert len(words) == len(set(words)) == 312_966
-    assert words[:5] == ["the", "to", "and", "of", "a"]
-    assert {"orchestral", "ecuador", "café", "don't"} <= set(words)
-    assert not any(char.isdigit() or char.isspace() for word in words for char in word)

@@ -1,7 +1,6 @@
 """Corpora: files to documents, copies of them that begin later, and random words."""
 
 import json
-import re
 from collections import Counter
 
 import pytest
@@ -17,7 +16,6 @@ from ocrmem.training.corpus import (
     conversation_document,
     lexicon_documents,
     read_corpus,
-    read_words,
     shifted_documents,
     vocabulary_words,
 )
@@ -54,28 +52,6 @@ def test_the_lexicon_has_the_whole_vocabulary_and_the_rare_words_of_the_corpora(
     assert any(word.isdigit() for word in words)
     again = lexicon_documents([common], tokenizer, 20.0)
     assert [document.text for document in again] == [document.text for document in documents]
-
-
-def test_the_lexicon_has_the_words_of_a_list(tokenizer, tmp_path):
-    path = tmp_path / "words.txt"
-    path.write_text("zymurgy\nquixotry\ntwo words\n\nbell\u0007\n" + "x" * 25 + "\n", encoding="utf-8")
-    listed = read_words(path)
-    assert listed == ["zymurgy", "quixotry"]
-    common = BankDocument("a", "the " * 4000)
-    documents = lexicon_documents([common], tokenizer, 10.0, words=listed)
-    words = Counter(re.sub(r"[^\w-]", "", word) for document in documents for word in document.text.split())
-    total = sum(words.values())
-    right = sum(words[word] for word in ("zymurgy", "Zymurgy", "ZYMURGY", "quixotry", "Quixotry", "QUIXOTRY"))
-    assert 0.35 < right / total < 0.45  # of 0.45, some misspelt or joined
-    assert words["zymurgy"] > words["Zymurgy"] > words["ZYMURGY"] > 0
-    assert words["zymurgy-quixotry"]
-    assert words["zyymurgy"]  # doubled,
-    assert words["zmurgy"]  # left out,
-    assert words["yzmurgy"]  # changed places
-    empty = tmp_path / "empty.txt"
-    empty.write_text("\n")
-    with pytest.raises(DataError, match="has no words. Expected a text file, one word a line"):
-        read_words(empty)
 
 
 def test_a_conversation_is_drawn_as_its_history_is():

@@ -19,6 +19,7 @@ from ocrmem.data.processor import MEMProcessor
 from ocrmem.errors import ConfigError, DataError, SpliceError
 from ocrmem.model.adapter import read_manifest
 from ocrmem.model.packed_attention import PACKED
+from ocrmem.model.reader import LETTERS, NONE, letter_codes
 from ocrmem.training.build import training_arguments
 from ocrmem.training.build_objectives import samplers
 from ocrmem.training.objectives import FORWARD_KEYS, distillation_loss, text_features, varying_share
@@ -120,7 +121,7 @@ def test_rows_are_decided_by_their_number(bank, frame):
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
-def test_rows_say_which_tokens_begin_within_each_piece(bank, frame, pieces):
+def test_rows_say_which_tokens_and_letters_are_within_each_piece(bank, frame, pieces):
     by_pieces = {n: TaskSampler(bank.joined(n), frame, memory_token_id=memory_id(frame)) for n in {pieces, 4}}
     stage = Stage(steps=1, max_units=2, pieces=pieces)
     settings = ObjectiveSettings(corpora=("x",), packed_length=1024, warm_start_steps=1, stages=(stage,))
@@ -143,11 +144,15 @@ def test_rows_say_which_tokens_begin_within_each_piece(bank, frame, pieces):
                         following = bank.slot_chars_UV[unit, number + 1 :]
                         right = following[0] if len(following) else bank.unit_end_U[unit]
                         inside = [t for t, s in zip(wanted, starts, strict=True) if left <= s < right]
+                        letters = row["memory_letters"][page, place * bank.tokens_per_unit + number]
+                        drawn = letter_codes(bank.documents[document].text[left:right])
+                        assert letters[letters != NONE].tolist() == drawn.tolist()[:LETTERS]
                         assert piece[piece >= 0].tolist() == inside[: ids_PVT.shape[2]] or number == 0
                 assert found[found >= 0].tolist() == wanted
     without = PackedRows(by_pieces, settings, seed=0, rows_per_step=1, pad_token_id=0)
     assert "memory_token_ids" not in without[0]
     assert "memory_token_ids" not in without[1]
+    assert "memory_letters" not in without[1]
 
 
 def test_pages_of_their_own_are_read_beside_the_llms(bank, frame):
@@ -165,10 +170,9 @@ def test_pages_of_their_own_are_read_beside_the_llms(bank, frame):
     row = rows[2]
     assert 300 <= int(row["reading"]["page_num_tokens"].sum()) < 300 + 4 * by_pieces[4].bank.tokens_per_unit
     for part in (row, row["reading"]):
-        assert part["memory_token_ids"].shape[:2] == (
-            len(part["units"]),
-            part["units"].shape[1] * bank.tokens_per_unit,
-        )
+        shape = len(part["units"]), part["units"].shape[1] * bank.tokens_per_unit
+        assert part["memory_token_ids"].shape[:2] == shape
+        assert part["memory_letters"].shape == (*shape, LETTERS)
     assert not torch.equal(row["reading"]["units"], row["units"])
     assert not torch.equal(row["reading"]["units"], rows[3]["reading"]["units"])
     alone = dataclasses.replace(settings, reading_tokens=0)
@@ -483,7 +487,6 @@ def test_pieces_that_do_not_divide_are_refused(objectives, message, bank, frame,
         ({"stages": [{"steps": 1, "min_units": 3, "max_units": 2}]}, "min_units=3 and max_units=2"),
         ({"stages": [{"steps": 1, "max_units": 2, "tasks": {"sing": 1}}]}, "unknown tasks .'sing'."),
         ({"stages": [{"steps": 1, "max_units": 1}], "reading_tokens": -1}, "reading_tokens=-1: expected 0 or more"),
-        ({"stages": [{"steps": 1, "max_units": 1}], "lexicon_words": "w.txt"}, "lexicon_words='w.txt' with lexicon=0"),
         ({"stages": []}, "at least one file in `corpora` and one stage"),
         ({"features": "pixels", "stages": [{"steps": 1, "max_units": 1}]}, "features"),
         ({"stages": [{"steps": 1, "max_unit": 1}]}, "setting 'objectives.stages.max_unit'. Did you mean 'max_units'"),

@@ -128,11 +128,6 @@ def build_trainer(
     }
     set_seed(11)
     model = tiny_model(kind="attention", read_tokens=read_tokens)
-    if read_tokens:
-        # At 40 an untrained reader's shares are all but 0 and 1: the gradient through them is next to nothing, and
-        # AdamW makes whole steps of its rounding.
-        for reading in model.proj.reader.readings:
-            torch.nn.init.zeros_(reading.log_scale)
     return MEMTrainer(
         model,
         TrainingArguments(output_dir=str(run_dir), **settings),

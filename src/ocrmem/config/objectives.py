@@ -71,9 +71,6 @@ class ObjectiveSettings:
     """Further documents for reconstruction, as a share of the characters of corpora and copies, made of random words:
     from the corpora with rare ones as often as the square root of their frequency says, from the LLM's whole
     vocabulary, and figures. What no language model can guess has to be read."""
-    lexicon_words: str | None = None
-    """A text file of further words for the lexicon, one a line, found as `corpora` are; nearly half of its words come
-    from there then, some of them misspelt. How an LLM cuts a rare word into tokens is learnt from words, not rules."""
     shifts: int = 0
     """Copies of the corpora that begin some words or turns later, so that other characters share a memory token."""
     warm_start_steps: int = 300
@@ -87,10 +84,9 @@ class ObjectiveSettings:
     all text: so that rare tokens are met as often as common ones. That is the warm start's, and that of
     `reading_tokens`."""
     reading_tokens: int = 0
-    """With `projection.read_tokens`: so many memory tokens of pages of their own are read in each step of the LLM, to
-    learn to read; the LLM's own memory is then made of the true tokens, as if all were read rightly. So what is read
-    can be other text than what the LLM is asked about, and there can be less of it. 0: the LLM's own pages are read.
-    So are they, always, in stages of fewer `pieces`."""
+    """With `projection.read_tokens`: in each step of the LLM so many memory tokens of pages of their own are read, to
+    learn to read, and not those of the LLM, whose memory is made of the true tokens either way. So what is read can be
+    other text, and there can be less of it. 0: the LLM's own pages are read."""
     stages: tuple[Stage, ...]
     """The curriculum, one stage after the other."""
     packed_length: int = 16384
@@ -117,11 +113,6 @@ class ObjectiveSettings:
             raise ConfigError(
                 f"objectives.warm_start_lexicon={self.warm_start_lexicon} with lexicon={self.lexicon}: expected a "
                 "share from 0 to 1, and a lexicon above 0 to take it from."
-            )
-        if self.lexicon_words is not None and not self.lexicon:
-            raise ConfigError(
-                f"objectives.lexicon_words={self.lexicon_words!r} with lexicon=0: expected a lexicon above 0 that is "
-                "made of them."
             )
         if self.reading_tokens < 0:
             raise ConfigError(f"objectives.reading_tokens={self.reading_tokens}: expected 0 or more.")

@@ -33,10 +33,10 @@ class ProjectionSettings:
     """Learn the size of each dimension of the memory tokens, from that of the LLM's embeddings on; otherwise every
     token has the RMS of the LLM's embeddings."""
     read_tokens: int = 0
-    """Read so many text tokens of each piece, by the spelling of every token of the LLM's vocabulary, and give their
-    embeddings, and nothing else of a piece, to the layers that follow; so that what the embeddings are need not be
-    learnt, but only which letters stand on the page (kind `attention` alone). Costs 2 × vocabulary × 144 FLOP a piece
-    and token, and forward, where it learns to read, 2 × 16,384 × (144 + embedding width)."""
+    """Read the letters of each piece, cut a page's text into tokens with the LLM's tokenizer, and give the embeddings
+    of so many tokens that begin within a piece, and nothing else of it, to the layers that follow; so that neither
+    what the embeddings are nor how words are cut need be learnt, but only which letters stand on the page (kind
+    `attention` alone). Letters beyond those of European languages are read as `?`."""
     deal_tokens: bool = False
     """Deal out the tokens that were read evenly, in order, over the memory tokens of a page, in place of each memory
     token having those that begin in its own pixels, one here and four there; with `read_tokens` and `merge`. A memory

@@ -433,9 +433,8 @@ def _untrained(model: MEMModel, generator: torch.Generator) -> Projection:
             embedding_width=model.base_llm_model.config.get_text_config().hidden_size,
             embedding_rms=float(model.proj.embedding_rms),
             embeddings_CD=None if model.proj.reader is None else model.proj.reader.embeddings_CD,
+            tokenizer=None if model.proj.reader is None else model.proj.reader.tokenizer,
         )
-    if fresh.reader is not None and model.proj.reader is not None:
-        fresh.reader.spellings_CL.copy_(model.proj.reader.spellings_CL)
     return fresh.to(next(model.proj.parameters()).device).requires_grad_(False)
 
 

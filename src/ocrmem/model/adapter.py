@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ocrmem import __version__
 from ocrmem.assets.fetch import resolve
@@ -26,7 +26,7 @@ from ocrmem.errors import AssetError, CheckpointError
 from ocrmem.files import write_files
 from ocrmem.model import stored_matrices
 from ocrmem.model.identity import EncoderIdentity, LLMIdentity, from_config
-from ocrmem.model.llm import load_llm, usable_device
+from ocrmem.model.llm import load_llm, load_tokenizer, usable_device
 from ocrmem.model.stored_matrices import form
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def load(
     *,
     base_llm_model: PreTrainedModel | None = None,
     ocr_embed: OCREncoder | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
@@ -105,6 +106,7 @@ def load(
     Args:
         base_llm_model: the LLM, if it is loaded already; None: loaded from where the adapter's config says.
         ocr_embed: the encoder, likewise.
+        tokenizer: the LLM's, for an adapter that reads letters alone; None: from where the adapter's config says.
         dtype: type of the LLM's weights; `auto`: as stored.
         device: where everything goes.
         attn_implementation: attention kernel of the LLM, by its transformers name.
@@ -141,7 +143,16 @@ def load(
     else:
         name = base_llm_model.name_or_path or type(base_llm_model).__name__
     wanted_llm.check(LLMIdentity.of(base_llm_model, name=name, revision=revision), adapter=str(folder))
-    model = cls(config, base_llm_model=base_llm_model, ocr_embed=ocr_embed, llm_name=name, llm_revision=revision)
+    if tokenizer is None and config.projection_settings.read_tokens:
+        tokenizer = load_tokenizer(wanted_llm.name)
+    model = cls(
+        config,
+        base_llm_model=base_llm_model,
+        ocr_embed=ocr_embed,
+        llm_name=name,
+        llm_revision=revision,
+        tokenizer=tokenizer,
+    )
     load_projection(model, folder)
     torch.nn.Module.to(model, device=device)
     return model.eval()
@@ -158,10 +169,10 @@ def load_projection(
     stored in bfloat16 or int8.
 
     Args:
-        start: take a file of fewer merged pieces, or one that reads no tokens, too, to start training from it. The
+        start: take a file of fewer merged pieces, or one that reads nothing, too, to start training from it. The
             matrices of the pieces that it lacks are zeros, so that the projection begins as the one in the file. From
-            one that reads none, a projection begins to learn reading with its layers over pieces; those behind get
-            what is read in place of pieces, and have to learn it.
+            one that reads nothing, a projection begins to learn reading with its layers over pieces; those behind get
+            text tokens in place of pieces, and have to learn them.
         put: puts checked weights into the projection, where several processes share it; None: `load_state_dict`.
 
     Raises:

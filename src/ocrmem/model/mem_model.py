@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from ocrmem.config.mem import MEMConfig
@@ -63,7 +63,7 @@ class MEMOutput(ModelOutput):
     logit_positions: torch.Tensor | None = None
     """int64 [N, 2]: sample and sequence position of each row of `logits`, where labels were given."""
     reading_loss: torch.Tensor | None = None
-    """Cross entropy of reading `memory_token_ids`, in nats a piece; float32 scalar, no part of `loss`."""
+    """Cross entropy of reading `memory_letters`, in nats a piece; float32 scalar, no part of `loss`."""
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
@@ -78,8 +78,7 @@ class MEMModel(PreTrainedModel):
         ocr_embed: the encoder. It is frozen in place.
         llm_name: where the LLM came from, recorded in the adapter; None: its `name_or_path`.
         llm_revision: hash or commit of it, recorded in the adapter.
-        vocabulary: its tokenizer's, `tokenizer.get_vocab()`, for `projection.read_tokens` alone, which reads tokens by
-            their spelling; None: that of the adapter which is loaded.
+        tokenizer: its tokenizer, for `projection.read_tokens` alone, which cuts what is read into tokens.
 
     Raises:
         FrozenPartError: a frozen part has active dropout, or shares parameters with the projection.
@@ -105,7 +104,7 @@ class MEMModel(PreTrainedModel):
         ocr_embed: OCREncoder,
         llm_name: str | None = None,
         llm_revision: str = "unknown",
-        vocabulary: Mapping[str, int] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__(config)
         freeze(base_llm_model, part="base_llm_model")
@@ -118,13 +117,13 @@ class MEMModel(PreTrainedModel):
             embedding_width=base_llm_model.config.get_text_config().hidden_size,
             embedding_rms=embedding_rms(base_llm_model),
             embeddings_CD=weight if config.projection_settings.read_tokens else None,
-            vocabulary=vocabulary,
+            tokenizer=tokenizer,
         ).to(weight.device)
         check_trainable(self, proj=self.proj)
         # What FSDP shards as one: the projection too, whose float32 it cannot mix with the frozen parts.
         self._no_split_modules = [*(base_llm_model._no_split_modules or ()), "Projection"]
         # Every process has the LLM's table; DDP would send the reader's copy of it at every step.
-        self._ddp_params_and_buffers_to_ignore = ["proj.reader.embeddings_CD", "proj.reader.spellings_CL"]
+        self._ddp_params_and_buffers_to_ignore = ["proj.reader.embeddings_CD"]
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(base_llm_model.forward).parameters
         self.cross_entropy = cross_entropy_sum
         self._plain_logits = True
@@ -160,6 +159,7 @@ class MEMModel(PreTrainedModel):
         num_pages: torch.Tensor | None = None,
         memory_targets: torch.Tensor | None = None,
         memory_token_ids: torch.Tensor | None = None,
+        memory_letters: torch.Tensor | None = None,
         reading: Mapping[str, Any] | None = None,
         position_ids: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
@@ -190,8 +190,10 @@ class MEMModel(PreTrainedModel):
             memory_targets: [P, V, D]; do not run the LLM, but give as the loss the mean of 1 - cosine between each
                 memory token and its target, where that is not zero: a warm start for the projection.
             memory_token_ids: [P, V × pieces, T], the text tokens that begin within each piece, then -1; with
-                `projection.read_tokens`, for `reading_loss`; without `features` the memory is made of them.
-            reading: `features`, `page_num_tokens` and `memory_token_ids` of other pages, read for `reading_loss` alone.
+                `projection.read_tokens`, the memory is made of them, and needs no `features`.
+            memory_letters: [P, V × pieces, `reader.LETTERS`], what there is to read of each piece, for `reading_loss`.
+            reading: `features`, `page_num_tokens`, `memory_token_ids` and `memory_letters` of other pages, read in the
+                place of these.
             position_ids: int64 [B, S]; in a packed row they start anew with every sample. None: `positions` gives them;
                 with `past_key_values` that hold something, give them where a memory token takes several.
             cu_seq_lens_q: int32 [samples + 1], where the samples of one packed row (B = 1) begin, and S at the end;
@@ -211,8 +213,8 @@ class MEMModel(PreTrainedModel):
             features -> proj -> memory tokens: the first grad_fn of the chain
             splice -> embeddings: grad_fn, from the memory tokens alone
             frozen LLM -> logits -> loss: grad_fn; the gradient passes through the frozen weights, and stops at none
-        Nothing here reads `.data` or disables grad mode, nothing detaches but `proj` given `memory_token_ids`, whose
-        layers that read then learn from `reading_loss` alone, and the mode of a part (`train()` or `eval()`)
+        Nothing here reads `.data`, nothing disables grad mode or detaches but a `proj` that reads letters, whose layers
+        before the tokens learn from `reading_loss` alone, and the mode of a part (`train()` or `eval()`)
         does not matter for the chain. Where no sample of a training batch has a memory, the projection is run on
         zeros and enters the embeddings with weight 0, so that every rank of a distributed run has the same graph.
 
@@ -221,13 +223,12 @@ class MEMModel(PreTrainedModel):
         """
         memory_PVD, reading_loss = None, None
         if memory_targets is not None or memory_token_ids is not None:
-            if features is None and memory_token_ids is None:
-                raise SpliceError("`memory_targets` came without `features`; give both.")
-            projected = self.proj(features, page_num_tokens, token_ids_PVT=memory_token_ids)
-            memory_PVD, reading_loss = (projected, None) if memory_token_ids is None else projected
+            text = {"token_ids_PVT": memory_token_ids, "letters_PVL": memory_letters}
+            projected = self.proj(features, page_num_tokens, **text)
+            memory_PVD, reading_loss = (projected, None) if memory_letters is None else projected
             if reading is not None:
-                others = reading["features"], reading["page_num_tokens"]
-                _, reading_loss = self.proj(*others, token_ids_PVT=reading["memory_token_ids"])
+                text = {"token_ids_PVT": reading["memory_token_ids"], "letters_PVL": reading["memory_letters"]}
+                _, reading_loss = self.proj(reading["features"], reading["page_num_tokens"], **text)
             if memory_targets is not None:
                 return MEMOutput(loss=target_loss(memory_PVD, memory_targets), reading_loss=reading_loss)
         embeds_BSD = self.embed(

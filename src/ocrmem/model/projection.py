@@ -2,15 +2,15 @@
 
 ```
 features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬──────────────────────┬─┬──────────────────────────┬─▶
-                                                       └─▶ attention over them ┘ └─▶ read as the LLM's tokens ┘
+                                                       └─▶ attention over them ┘ └─▶ read, cut into tokens ─┘
              ─▶ merge ─┬──────────────────────┬─▶ RMS of text ─▶ memory_PVD
                        └─▶ attention over them ┘
 ```
 
 With `merge`, a memory token is the sum of its pieces, each through a matrix of its own: the last starts as it is and
 the others at zero, so that a projection of more pieces begins as one of fewer. Without it, the last stands for all.
-With `read_tokens`, the embeddings of the tokens that were read stand in the place of the pieces, and nothing else of
-these goes on; with `deal_tokens` they are dealt out evenly over a page.
+With `read_tokens`, the pieces' letters are read, and the embeddings of the LLM's tokens for that text stand in the
+place of the pieces, and nothing else of these goes on; with `deal_tokens` they are dealt out evenly over a page.
 
 Its weights are always float32, whatever type the LLM has: in bfloat16 AdamW at a learning rate of 1e-5 would move
 2% of the weights a step and learn almost nothing. Its output has the RMS of the LLM's embeddings, so that memory
@@ -20,9 +20,9 @@ tokens enter the frozen LLM at the scale of text.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError, SpliceError
-from ocrmem.model.reader import PRESENT, TokenReading, VocabularyReader, dealt_evenly
+from ocrmem.model.reader import PageReader, dealt_evenly
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROTARY_BASE = 100.0
 """Base of the rotary angles (Su et al. 2021, who have 10,000): what is read together is a few tokens apart."""
@@ -57,7 +60,7 @@ class Projection(nn.Module):
         embedding_width: D.
         embedding_rms: root mean square of the LLM's input embeddings, to which every output token is scaled.
         embeddings_CD: the LLM's input embeddings, for `settings.read_tokens` alone.
-        vocabulary: ids by token of the LLM's tokenizer, whose spelling is read, likewise; None: an adapter's.
+        tokenizer: the LLM's, likewise; None: nothing can be read until `reader.tokenizer` is set.
     """
 
     embedding_rms: torch.Tensor
@@ -72,7 +75,7 @@ class Projection(nn.Module):
         embedding_width: int,
         embedding_rms: float,
         embeddings_CD: torch.Tensor | None = None,
-        vocabulary: Mapping[str, int] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
         self.feature_width = feature_width
@@ -94,7 +97,7 @@ class Projection(nn.Module):
                 num_heads=settings.num_heads,
                 mlp_ratio=settings.mlp_ratio,
             )
-        self.reader: VocabularyReader | None = None
+        self.reader: PageReader | None = None
         if settings.read_tokens:
             if embeddings_CD is None or not embeddings_CD.numel():
                 raise ConfigError(
@@ -102,7 +105,7 @@ class Projection(nn.Module):
                     "got none. Where DeepSpeed's ZeRO-3 shares out weights while they are loaded, load the LLM "
                     "without it."
                 )
-            self.reader = VocabularyReader(embeddings_CD, read_tokens=settings.read_tokens, vocabulary=vocabulary)
+            self.reader = PageReader(embeddings_CD, read_tokens=settings.read_tokens, tokenizer=tokenizer)
         matrices = [
             nn.Linear(embedding_width, embedding_width, bias=False, dtype=torch.float32)
             for _ in range(settings.merge * (settings.pieces + SPARE_TOKENS * settings.deal_tokens))
@@ -127,44 +130,46 @@ class Projection(nn.Module):
         page_num_tokens_P: torch.Tensor | None = None,
         *,
         token_ids_PVT: torch.Tensor | None = None,
+        letters_PVL: torch.Tensor | None = None,
     ) -> Any:
         """Project.
 
         Args:
             features_PVE: the encoder's features, any floating type. E may be any number of pieces: `pieces` as the
-                settings say, or fewer for less compression. None: nothing is read, and the memory is made of
-                `token_ids_PVT` as if they had been, with all the settings' pieces to a memory token.
+                settings say, or fewer for less compression. None: the memory is made of `token_ids_PVT` alone, with
+                all the settings' pieces to a memory token.
             page_num_tokens_P: tokens in use on each page; attention does not look beyond them. None: all V.
             token_ids_PVT: [P, V × pieces, T], the text tokens that begin within each piece, in order, then -1; for
-                `settings.read_tokens` alone. With them the layers that read learn from the cross entropy of reading
-                alone: the memory's gradient ends at the embeddings of what was read.
+                `settings.read_tokens` alone. The memory is made of them, as if the pages were read rightly.
+            letters_PVL: [P, V × pieces, `reader.LETTERS`], what there is to read of each piece, likewise.
 
         Returns:
             memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms` times its gain; with
-            `token_ids_PVT` the pair of it and the cross entropy of reading them, in nats, None where nothing is read.
+            `letters_PVL` the pair of it and the cross entropy of reading them, in nats a piece.
 
         Raises:
-            SpliceError: more pieces to a memory token than the projection has; `token_ids_PVT` where none are read, or
-                of another number of pieces.
+            SpliceError: more pieces to a memory token than the projection has; `token_ids_PVT` or `letters_PVL` where
+                nothing is read, or of another number of pieces.
         """
         pieces = self.pieces if features_PVE is None else features_PVE.shape[2] // self.piece_width
-        if features_PVE is None or token_ids_PVT is not None:
-            self._check_token_ids(token_ids_PVT, features_PVE, pieces)
+        self._check_text(features_PVE, pieces, token_ids_PVT, letters_PVL)
         used_P = None if page_num_tokens_P is None else page_num_tokens_P * pieces
         device, lower = self.linear1.weight.device, self.compute_dtype is not None
         with torch.autocast(device.type, self.compute_dtype, enabled=True) if lower else nullcontext():
-            reading_loss, pieces_PVD = None, None
-            if features_PVE is not None:
-                cut = features_PVE.to(self.compute_dtype or torch.float32)
-                cut = cut.reshape(cut.shape[0], cut.shape[1] * pieces, self.piece_width)
-                pieces_PVD = self.linear2(F.gelu(self.linear1(cut)))
-                if self.attention is not None:
-                    pieces_PVD = self.attention(pieces_PVD, used_P)
+            pieces_PVD, reading_loss = None, None
+            if features_PVE is not None and (token_ids_PVT is None or letters_PVL is not None):
+                pieces_PVD = self._seen(features_PVE, pieces, used_P)
             if self.reader is None:
                 assert pieces_PVD is not None  # by the check above
                 memory_PVD = self._merged(pieces_PVD, pieces)
             else:
-                read_PVRD, present_PVR, reading_loss = self.reader(pieces_PVD, used_P, token_ids_PVT)
+                if letters_PVL is not None:
+                    assert pieces_PVD is not None
+                    reading_loss = self.reader.loss(pieces_PVD, used_P, letters_PVL)
+                if token_ids_PVT is None:
+                    assert pieces_PVD is not None
+                    token_ids_PVT = self.reader.read(pieces_PVD, used_P)
+                read_PVRD, present_PVR = self.reader(token_ids_PVT, used_P)
                 if self.deal_tokens:
                     memory_PVD = self._dealt(read_PVRD, present_PVR, pieces, page_num_tokens_P)
                 else:
@@ -173,28 +178,51 @@ class Projection(nn.Module):
                 memory_PVD = self.merged(memory_PVD, page_num_tokens_P)
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
         memory_PVD = normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
-        return memory_PVD if token_ids_PVT is None else (memory_PVD, reading_loss)
+        return memory_PVD if letters_PVL is None else (memory_PVD, reading_loss)
 
-    def _check_token_ids(
-        self, token_ids_PVT: torch.Tensor | None, features_PVE: torch.Tensor | None, pieces: int
-    ) -> None:
-        if token_ids_PVT is None:
-            raise SpliceError("neither features nor text tokens came to the projection; give one of them, or both.")
+    def _seen(self, features_PVE: torch.Tensor, pieces: int, used_P: torch.Tensor | None) -> torch.Tensor:
+        """What the layers over pieces make of them, [P, V × pieces, D]."""
+        cut = features_PVE.to(self.compute_dtype or torch.float32)
+        cut = cut.reshape(cut.shape[0], cut.shape[1] * pieces, self.piece_width)
+        pieces_PVD = self.linear2(F.gelu(self.linear1(cut)))
+        return pieces_PVD if self.attention is None else self.attention(pieces_PVD, used_P)
+
+    def reading_parameters(self) -> list[nn.Parameter]:
+        """Those that learn from the letters of pages alone: the memory's gradient does not reach them."""
         if self.reader is None:
+            return []
+        parts = (self.linear1, self.linear2, self.attention, self.reader.letters)
+        return [parameter for part in parts if part is not None for parameter in part.parameters()]
+
+    def _check_text(
+        self,
+        features_PVE: torch.Tensor | None,
+        pieces: int,
+        token_ids_PVT: torch.Tensor | None,
+        letters_PVL: torch.Tensor | None,
+    ) -> None:
+        if features_PVE is None and (token_ids_PVT is None or letters_PVL is not None):
             raise SpliceError(
-                "text tokens to read came to a projection with projection.read_tokens=0, which reads none; leave them "
-                "out, or make one that reads."
+                "no features came to the projection, which needs them where letters are to be read and where no text "
+                "tokens are given; give them."
             )
-        found = token_ids_PVT.shape[:2]
-        if features_PVE is None:
-            expected = (found[0], found[1] // pieces * pieces)
-        else:
-            expected = (features_PVE.shape[0], features_PVE.shape[1] * pieces)
-        if found != expected:
-            raise SpliceError(
-                f"text tokens to read have the shape {list(token_ids_PVT.shape)}, expected [{expected[0]}, "
-                f"{expected[1]}, …]: those of every piece of every memory token."
-            )
+        for what, given in (("text tokens", token_ids_PVT), ("letters", letters_PVL)):
+            if given is None:
+                continue
+            if self.reader is None:
+                raise SpliceError(
+                    f"{what} came to a projection with projection.read_tokens=0, which reads none; leave them out, or "
+                    "make one that reads."
+                )
+            if features_PVE is None:
+                expected = (given.shape[0], given.shape[1] // pieces * pieces)
+            else:
+                expected = (features_PVE.shape[0], features_PVE.shape[1] * pieces)
+            if given.shape[:2] != expected:
+                raise SpliceError(
+                    f"{what} to read have the shape {list(given.shape)}, expected [{expected[0]}, {expected[1]}, …]: "
+                    "those of every piece of every memory token."
+                )
 
     def _check_pieces(self, matrices: int, pieces: int) -> None:
         if matrices > len(self.merge):
@@ -218,8 +246,8 @@ class Projection(nn.Module):
         pieces: int,
         page_num_tokens_P: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Memory tokens of the tokens that were read, by `ProjectionSettings.deal_tokens`; the first matrix is that of
-        the last token of a memory token."""
+        """Memory tokens of text tokens, by `ProjectionSettings.deal_tokens`; the first matrix is that of the last text
+        token of a memory token."""
         pages, count, readings, _ = read_PVRD.shape
         self._check_pieces(pieces + SPARE_TOKENS, pieces)
         slots = count // pieces
@@ -227,7 +255,7 @@ class Projection(nn.Module):
         if used_P is None:
             used_P = present_PVR.new_full((pages,), slots, dtype=torch.int64)
         piece_M = torch.arange(count * readings, device=present_PVR.device) // readings
-        present_PM = (present_PVR.flatten(1) > PRESENT) & (piece_M < used_P[:, None] * pieces)
+        present_PM = present_PVR.flatten(1) & (piece_M < used_P[:, None] * pieces)
         dealt_PVKD = dealt_evenly(read_PVRD.flatten(1, 2), present_PM, used_P, (slots, pieces + SPARE_TOKENS))
         tokens = zip(self.merge, dealt_PVKD.unbind(dim=2), strict=False)
         return torch.stack([matrix(read_PVD) for matrix, read_PVD in tokens]).sum(dim=0)
@@ -298,26 +326,20 @@ class PageAttentionLayer(nn.Module):
 
 
 def compile_projection(proj: Projection, **options: Any) -> None:
-    """Compile the forward of each attention layer, and of each reading, with a gradient, which is run for every number
-    of pages and of tokens; as one graph for all of them. Without a gradient they run as they are: that is rare while
-    training.
+    """Compile the forward of each attention layer with a gradient, which is run for every number of pages and of
+    tokens; as one graph for all of them. Without a gradient they run as they are: that is rare while training.
 
     Args:
         options: of `torch.compile`.
     """
-    for kind in (PageAttentionLayer, TokenReading):
-        _compile_all(proj, kind, options)
-
-
-def _compile_all(proj: Projection, kind: type[nn.Module], options: dict[str, Any]) -> None:
-    plain = kind.forward
+    plain = PageAttentionLayer.forward
     compiled = torch.compile(plain, dynamic=True, **options)
 
-    def forward(module: nn.Module, *arguments: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else plain)(module, *arguments)
+    def forward(layer: PageAttentionLayer, *arguments: Any) -> torch.Tensor:
+        return (compiled if torch.is_grad_enabled() else plain)(layer, *arguments)
 
     for module in proj.modules():
-        if isinstance(module, kind):
+        if isinstance(module, PageAttentionLayer):
             module.forward = types.MethodType(forward, module)  # a method, so that a copy's is the copy's own
 
 

@@ -71,7 +71,7 @@ def build_model(config: TrainConfig, *, rival: Features | None = None) -> tuple[
         ocr_embed=encoder,
         llm_name=config.llm.name,
         llm_revision=revision,
-        vocabulary=tokenizer.get_vocab(),
+        tokenizer=tokenizer,
     )
     if config.adapter is not None:
         load_projection(model, Path(config.adapter), start=True)

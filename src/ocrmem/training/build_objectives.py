@@ -21,7 +21,7 @@ from ocrmem.encoders.registry import build_encoder
 from ocrmem.errors import ConfigError, DataError
 from ocrmem.memory.recall import load_bm25s
 from ocrmem.training.build import build_model, feature_folder, find_data, training_arguments
-from ocrmem.training.corpus import lexicon_documents, read_corpora, read_words, shifted_documents
+from ocrmem.training.corpus import lexicon_documents, read_corpora, shifted_documents
 from ocrmem.training.objectives import FeatureSource, ObjectiveTrainer
 from ocrmem.training.packing import PackedRows, fill
 from ocrmem.training.rivals import RivalEncoder
@@ -168,9 +168,7 @@ def corpus_bank(
     documents: list[BankDocument] = read_corpora([find_data(path) for path in paths], max_chars=max_chars)
     if paths == settings.corpora:
         documents += shifted_documents(documents, settings.shifts)
-        if settings.lexicon:
-            listed = read_words(find_data(settings.lexicon_words)) if settings.lexicon_words else []
-            documents += lexicon_documents(documents, tokenizer, settings.lexicon, words=listed)
+        documents += lexicon_documents(documents, tokenizer, settings.lexicon) if settings.lexicon else []
     log.info("%d documents, %d characters", len(documents), sum(len(document.text) for document in documents))
     folder = feature_folder(config)
     return build_bank(

@@ -29,12 +29,6 @@ LEXICON_WORDS = 320
 """Words of one document of the lexicon, about 2,000 characters."""
 LEXICON_SHARES = (0.45, 0.3, 0.1, 0.15)
 """Shares of its words: from the corpora, from the LLM's vocabulary, joined from pieces of it, figures."""
-LISTED_SHARE = 0.45
-"""Of its words, those from a list, where there is one; what is above has the rest."""
-CASE_SHARES = (0.55, 0.35, 0.1)
-"""Of words from a list, as they are, with a capital, in capitals."""
-MISSPELT_SHARE = 0.1
-"""Of words from a list, those with a letter left out, doubled, or changed places with the next."""
 LINE_END_SHARE = 0.02
 """Of its words, those that end a line."""
 LONGEST_WORD = 24
@@ -109,21 +103,13 @@ def shifted_documents(documents: Sequence[BankDocument], copies: int, *, seed: i
 
 
 def lexicon_documents(
-    documents: Sequence[BankDocument],
-    tokenizer: PreTrainedTokenizerBase,
-    share: float,
-    *,
-    words: Sequence[str] = (),
-    seed: int = 0,
+    documents: Sequence[BankDocument], tokenizer: PreTrainedTokenizerBase, share: float, *, seed: int = 0
 ) -> list[BankDocument]:
     """Documents of random words, until they have `share` of the characters of `documents`.
 
     A word that stands in the corpora ten times is not learnt, and no language model helps to guess it, so it has to be
     read. Words come from the corpora, each with the square root of its frequency; from the LLM's vocabulary, each
     alike; from two or three pieces of that vocabulary joined; and there are numbers, dates, times and codes.
-
-    Args:
-        words: of a list, each alike, for `LISTED_SHARE` of the words.
     """
     rng = np.random.default_rng([seed, 1])
     wanted = share * sum(len(document.text) for document in documents)
@@ -131,21 +117,16 @@ def lexicon_documents(
     known = np.array(sorted(counts), dtype=object)
     cumulated = np.cumsum(np.sqrt([counts[word] for word in known]))
     begins, continues = vocabulary_words(tokenizer)
-    shares = LEXICON_SHARES
-    if words:
-        shares = (*(kind * (1 - LISTED_SHARE) for kind in LEXICON_SHARES), LISTED_SHARE)
     made: list[BankDocument] = []
     total = 0
     while total < wanted and len(known) and begins:
-        kinds = rng.choice(len(shares), size=LEXICON_WORDS, p=shares)
+        kinds = rng.choice(len(LEXICON_SHARES), size=LEXICON_WORDS, p=LEXICON_SHARES)
         drawn = known[np.searchsorted(cumulated, rng.random(LEXICON_WORDS) * cumulated[-1], side="right")]
         marks = rng.choice(_MARKS, size=LEXICON_WORDS, p=_MARK_SHARES)
         ends = rng.random(LEXICON_WORDS) < LINE_END_SHARE
         text = ""
         for kind, word, mark, end in zip(kinds, drawn, marks, ends, strict=True):
-            if kind == 4:
-                word = _listed(words, rng)
-            elif kind == 3:
+            if kind == 3:
                 word = _figures(rng)
             elif kind > 0:
                 word = begins[int(rng.integers(len(begins)))]
@@ -155,35 +136,6 @@ def lexicon_documents(
         made.append(BankDocument(f"lexicon/{seed}/{len(made)}", text.strip(), shuffled=True))
         total += len(made[-1].text)
     return made
-
-
-def read_words(path: Path) -> list[str]:
-    """Printable words of a text file, one a line, none longer than `LONGEST_WORD`.
-
-    Raises:
-        DataError: there is none.
-    """
-    lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
-    words = [word for word in lines if word.isprintable() and " " not in word and 0 < len(word) <= LONGEST_WORD]
-    if not words:
-        raise DataError(f"objectives.lexicon_words: {str(path)!r} has no words. Expected a text file, one word a line.")
-    return words
-
-
-def _listed(words: Sequence[str], rng: np.random.Generator) -> str:
-    """One of a list, in some case, now and then misspelt, after an opening mark or joined to another by a hyphen."""
-    word = words[int(rng.integers(len(words)))]
-    if rng.random() < MISSPELT_SHARE and len(word) > 2:
-        place, kind = int(rng.integers(len(word) - 1)), int(rng.integers(3))
-        after = ("", word[place] * 2, word[place + 1] + word[place])[kind]
-        word = word[:place] + after + word[place + 1 + (kind == 2) :]
-    case = rng.random()
-    if case >= CASE_SHARES[0]:
-        word = word.capitalize() if case < CASE_SHARES[0] + CASE_SHARES[1] else word.upper()
-    before = rng.random()
-    if before < 0.03:
-        return f"{words[int(rng.integers(len(words)))]}-{word}"
-    return "(" + word if before < 0.06 else '"' + word if before < 0.08 else word
 
 
 def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:

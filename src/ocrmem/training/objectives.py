@@ -43,6 +43,7 @@ FORWARD_KEYS = (
     "num_pages",
     "memory_targets",
     "memory_token_ids",
+    "memory_letters",
     "reading",
 )
 """What of a packed row `MEMModel.forward` takes."""
@@ -129,6 +130,8 @@ class ObjectiveTrainer(MEMTrainer):
             and token accuracy reported, and once with the pages of other samples.
     """
 
+    learns_to_read = True
+
     def __init__(
         self,
         model: MEMModel,
@@ -197,7 +200,7 @@ class ObjectiveTrainer(MEMTrainer):
     ) -> Any:
         """Warm start: cosine distance to the covered text's mean embedding, at its weight. Else cross entropy, and the
         KL divergence from the teacher at its weight. With `projection.read_tokens`, the cross entropy of reading the
-        pieces too, from which alone the layers that read learn."""
+        letters too, from which alone the layers that read learn."""
         if self.settings.compile and not self._compiled:
             compile_layers(self.model.base_llm_model)
             dtype = self.model.base_llm_model.dtype
@@ -254,7 +257,7 @@ class ObjectiveTrainer(MEMTrainer):
         features = inputs["features"] if "features" in inputs else self.source(inputs)
         counts = inputs["page_num_tokens"]
         self._note("memory_varies", varying_share(self.model.proj(features, counts), counts))
-        without = ("memory_token_ids", "reading")
+        without = ("memory_token_ids", "memory_letters", "reading")
         arguments = {key: inputs[key] for key in FORWARD_KEYS if key in inputs and key not in without}
         arguments["features"] = features.roll(1, dims=0)
         self._note("wrong_page_loss", self.model(**arguments, use_cache=False).loss)

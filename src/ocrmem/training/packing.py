@@ -18,6 +18,7 @@ from ocrmem.data.bank import Bank
 from ocrmem.data.collator import splice_index
 from ocrmem.errors import ConfigError, DataError
 from ocrmem.model.label_loss import IGNORE_INDEX
+from ocrmem.model.reader import LETTERS, NONE, letter_codes
 from ocrmem.model.splice import positions_after
 from ocrmem.training.tasks import Sample, TaskSampler
 
@@ -254,12 +255,14 @@ def memory_part(
         pieces: to a memory token of the bank, for `rival_slots`.
         slots: give `slots` although the features are those of pages: the text tokens under each memory token's pixels,
             or a page's dealt out evenly.
-        reading_bank: the same units with one piece to a memory token, for `memory_token_ids`; None: leave them out.
+        reading_bank: the same units with one piece to a memory token, for `memory_token_ids` and `memory_letters`;
+            None: leave them out.
 
     Returns:
         `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has
         none; for a rival `slots` int32 [P, V, tokens] as `rival_slots` gives them, and where asked for, as `slots`
-        says; `memory_token_ids` int32 [P, V × pieces, tokens], those under each piece's.
+        says; `memory_token_ids` int32 [P, V × pieces, tokens], those that begin within each piece, and
+        `memory_letters` int16 [P, V × pieces, `reader.LETTERS`], by `letter_codes`.
     """
     pages = [list(page) for units in runs for page in bank.pages_of(units)]
     width = max(map(len, pages))
@@ -275,6 +278,7 @@ def memory_part(
         batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=slots == "evenly"))
     if reading_bank is not None:
         batch["memory_token_ids"] = torch.from_numpy(token_slots(reading_bank, units_PU, evenly=False))
+        batch["memory_letters"] = torch.from_numpy(piece_letters(reading_bank, units_PU))
     return batch
 
 
@@ -376,6 +380,26 @@ def token_slots(
         kept = place < tokens_per_piece
         slots[page, slot[kept], place[kept]] = ids[kept]
     return slots.reshape(pages, per_page * bank.tokens_per_unit, pieces * tokens_per_piece)
+
+
+def piece_letters(bank: Bank, units_PU: np.ndarray) -> np.ndarray:
+    """Letters drawn within each piece of a bank of one piece to a memory token, int16 [P, V, `LETTERS`], by
+    `letter_codes`, then `NONE`; what is beyond so many is left out."""
+    pages, per_page = units_PU.shape
+    letters = np.full((pages, per_page, bank.tokens_per_unit, LETTERS), NONE, dtype=np.int16)
+    documents = np.searchsorted(bank.first_unit_K, units_PU, side="right") - 1
+    ahead_L = np.arange(LETTERS)
+    for page, place in zip(*(units_PU >= 0).nonzero(), strict=True):
+        unit = units_PU[page, place]
+        begin, end = int(bank.unit_start_U[unit]), int(bank.unit_end_U[unit])
+        used = int(bank.unit_tokens_U[unit])
+        codes = letter_codes(bank.documents[documents[page, place]].text[begin:end])
+        edges = np.append(bank.slot_chars_UV[unit, :used], end) - begin
+        at_VL = edges[:-1, None] + ahead_L
+        inside_VL = at_VL < edges[1:, None]
+        found_VL = codes[np.minimum(at_VL, len(codes) - 1)] if len(codes) else np.full_like(at_VL, NONE)
+        letters[page, place, :used] = np.where(inside_VL, found_VL, NONE)
+    return letters.reshape(pages, per_page * bank.tokens_per_unit, LETTERS)
 
 
 def unpacked(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -195,8 +195,6 @@ def training_manifest(dataset: PackedRows | MEMDataset, config: TrainConfig, *, 
     else:
         hashes = [document_hash(history_text(conversation.messages)) for conversation in dataset.conversations]
     corpora = (config.data.train,) if config.objectives is None else config.objectives.corpora
-    if config.objectives is not None and config.objectives.lexicon_words:
-        corpora = (*corpora, config.objectives.lexicon_words)
     before = read_manifest(Path(config.adapter)) if config.adapter is not None else {}
     return {
         "documents": sorted({*before.get("documents", ()), *(value[:16] for value in hashes)}),

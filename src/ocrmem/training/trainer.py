@@ -134,6 +134,9 @@ class MEMTrainer(ExplainedTrainer):
     """
 
     model: MEMModel
+    learns_to_read = False
+    """Whether batches have the pages' letters, from which alone a projection learns to read; it reads as it does
+    otherwise."""
 
     def __init__(
         self,
@@ -154,11 +157,9 @@ class MEMTrainer(ExplainedTrainer):
                 "show the process one GPU with CUDA_VISIBLE_DEVICES=0."
             )
         check_trainable(model, proj=model.proj)
-        if model.proj.reader is not None and not model.proj.reader.spellings_CL.any():
-            raise ConfigError(
-                "the projection reads tokens by their spelling (projection.read_tokens) and was given no vocabulary. "
-                "Make the model with MEMModel(…, vocabulary=tokenizer.get_vocab())."
-            )
+        if not self.learns_to_read:
+            for parameter in model.proj.reading_parameters():
+                parameter.requires_grad_(False)
         if not asked_for_deepspeed():  # whose stage is known below, and which moves no weight before it is
             check_memory(model, args.device, shares=args.world_size if asked_for_fsdp() else 1)
         args = copy.copy(args)
