@@ -44,7 +44,8 @@ FAMILIES = {
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a letter, but for `th`, `the` and `ing`; what it has none for is `?`."""
-    vocabulary = {token: number for number, token in enumerate([*LETTERS_OF_TOKENS, "th", "the", "in", "ing"])}
+    joined = ["th", "the", "in", "ing"]
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *LETTERS_OF_TOKENS, *joined])}
     merges = [("t", "h"), ("th", "e"), ("i", "n"), ("in", "g")]
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, merges, unk_token="?")))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from memory.parts import shared_tokenizer
 from safetensors.torch import load_file
-from tiny import tiny_batch, tiny_model, tiny_tokenizer
+from tiny import VOCABULARY, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import TrainingArguments
 
 from ocrmem.config.projection import ProjectionSettings
@@ -18,7 +18,17 @@ from ocrmem.evaluation.run import _untrained
 from ocrmem.model.adapter import load_projection
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.model.projection import Projection, compile_projection
-from ocrmem.model.reader import ALPHABET, LETTERS, NONE, OTHER, PageReader, dealt_evenly, letter_codes
+from ocrmem.model.reader import (
+    ALPHABET,
+    LETTERS,
+    NONE,
+    OTHER,
+    PageReader,
+    cut_pages,
+    dealt_evenly,
+    letter_codes,
+    page_cutter,
+)
 from ocrmem.training.trainer import MEMTrainer
 
 READS = ("linear1", "linear2", "attention", "reader.letters")
@@ -60,7 +70,7 @@ def test_letters_have_codes_of_their_own():
     assert len(set(ALPHABET)) == len(ALPHABET)
     codes = letter_codes(ALPHABET)
     assert sorted(codes.tolist()) == list(range(2, len(ALPHABET) + 2))
-    assert letter_codes("漢😀\t").tolist() == [OTHER] * 3
+    assert letter_codes("漢😀").tolist() == [OTHER] * 2
     assert letter_codes("").tolist() == []
     assert NONE not in codes
 
@@ -70,7 +80,7 @@ def test_a_page_is_cut_into_tokens_as_its_text_is():
     reader = new_reader()
     pieces_PVD = seeing(reader, [["a th", "e ki", "", "ng\n"], ["xy", "", "12", "漢"]])
     ids_PVR = reader.read(pieces_PVD, torch.tensor([4, 4]))
-    assert ids_PVR.shape == (2, 4, 3)
+    assert ids_PVR.shape == (2, 4, LETTERS)
     assert tokens_of(reader, ids_PVR) == [
         [["a", " ", "the"], [" ", "k", "ing"], [], ["\n"]],
         [["x", "y"], [], ["1", "2"], ["?"]],
@@ -84,18 +94,36 @@ def test_a_page_is_cut_into_tokens_as_its_text_is():
     assert (reader.read(pieces_PVD, torch.tensor([0, 0])) == -1).all()
 
 
-def test_a_piece_ends_with_its_first_none_and_has_no_more_tokens_than_are_read():
-    reader = new_reader(read_tokens=2)
+def test_a_piece_ends_with_its_first_none():
+    reader = new_reader()
     pieces_PVD = seeing(reader, [["abcde", "fgh"]])
-    assert tokens_of(reader, reader.read(pieces_PVD)) == [[["a", "b"], ["f", "g"]]]
+    assert tokens_of(reader, reader.read(pieces_PVD)) == [[[*"abcde"], [*"fgh"]]]
     with torch.no_grad():  # the second letter of every piece is none
         reader.letters.bias.view(LETTERS, -1)[1, NONE] = 100.0
     assert tokens_of(reader, reader.read(pieces_PVD)) == [[["a"], ["f"]]]
 
 
+def test_pages_are_cut_apart_and_blanks_are_spaces():
+    tokenizer = shared_tokenizer()
+    pieces = [["The ", "king"], [" and", " all"], ["10\u00a0", "m\tx"]]
+    codes = np.stack([codes_of(page).numpy() for page in (pieces[0], pieces[1], pieces[2], ["end", " "])])
+    cut = cut_pages(codes, page_cutter(tokenizer))
+    found = [tokenizer.decode(page[page >= 0]) for page in cut]
+    assert found == ["The king", " and all", "10 m x", "end"]
+    assert cut.shape == (4, 2, LETTERS)
+
+
+def test_a_tokenizer_that_pads_or_shortens_does_neither_here():
+    reader = new_reader()
+    reader.tokenizer.pad_token = "?"
+    reader.tokenizer(["abc", "a"], padding=True, truncation=True, max_length=2)
+    pieces_PVD = seeing(reader, [["abcde"], ["f"]])
+    assert tokens_of(reader, reader.read(pieces_PVD)) == [[[*"abcde"]], [["f"]]]
+
+
 def test_rare_words_are_cut_as_the_llms_tokenizer_cuts_them():
     tokenizer = shared_tokenizer()
-    text = "Artiodactyla: fingering\norchestral – 18,250 “naïve” Achaeans don't… "
+    text = "Artiodactyla: fingering\norchestral – 18,250 “naïve” Achaeans don't…"
     reader = PageReader(torch.randn(len(tokenizer), 24), read_tokens=5, tokenizer=tokenizer)
     pieces = [text[start : start + 4] for start in range(0, len(text), 4)]
     pieces_PVD = seeing(reader, [pieces])
@@ -134,23 +162,19 @@ def test_the_loss_is_the_cross_entropy_of_the_letters_of_the_pieces_in_use():
     torch.testing.assert_close(loss, expected / 4)
 
 
-def test_a_word_that_was_never_seen_is_read_by_its_letters():
+def test_it_learns_to_read():
     torch.manual_seed(0)
     letters = "abcdefgh"
     words = [a + b for a in letters for b in letters]
     reader = new_reader(16, read_tokens=2)
     drawn_ND = torch.stack([F.one_hot(torch.tensor([*map(letters.index, word)]), 8).flatten() for word in words])
-    seen_N = torch.rand(64) < 0.6
-    assert not seen_N.all()
-    optimizer = torch.optim.Adam(reader.parameters(), lr=1e-2)
-    for _ in range(300):
+    optimizer = torch.optim.Adam(reader.parameters(), lr=3e-2)
+    for _ in range(100):
         optimizer.zero_grad()
-        reader.loss(drawn_ND[None, seen_N].float(), None, codes_of(words)[None, seen_N]).backward()
+        reader.loss(drawn_ND[None].float(), None, codes_of(words)[None]).backward()
         optimizer.step()
     (read,) = tokens_of(reader, reader.read(drawn_ND[None].float()))
-    right_N = torch.tensor(["".join(tokens) == word for tokens, word in zip(read, words, strict=True)])
-    assert right_N[seen_N].all()
-    assert right_N[~seen_N].float().mean() > 0.9
+    assert ["".join(tokens) for tokens in read] == words
 
 
 @pytest.mark.parametrize("tokenizer", [None, "slow"])
@@ -178,10 +202,11 @@ def test_an_adapter_that_reads_is_loaded_with_the_llms_tokenizer(tmp_path):
 
 
 def test_replies_alone_leave_the_reading_as_it_is(tmp_path):
-    """No gradient of the LLM's loss reaches it, and the gradient check knows."""
+    """No gradient of the LLM's loss reaches it."""
     model = tiny_model(kind="attention", read_tokens=1)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    MEMTrainer(model, arguments, data_collator=MEMCollator(0))
+    for _ in range(2):
+        MEMTrainer(model, arguments, data_collator=MEMCollator(0))
     learning = {name for name, parameter in model.proj.named_parameters() if parameter.requires_grad}
     assert learning == {name for name, _ in model.proj.named_parameters() if not name.startswith(READS)}
     model(**tiny_batch()).loss.backward()
@@ -217,7 +242,9 @@ def test_with_the_text_the_layers_that_read_learn_from_it_alone(deal_tokens):
     assert "reader.value.weight" in by_llm
     assert not any(name.startswith(READS) for name in by_llm)
     outputs = model(**batch, features=features, **text)
-    assert all(name.startswith(READS) for name in learning(outputs.reading_loss))
+    by_reading = learning(outputs.reading_loss)
+    assert all(name.startswith(READS) for name in by_reading)
+    assert all(any(name.startswith(part) for name in by_reading) for part in READS)
     assert model(**batch, features=features).reading_loss is None
 
 
@@ -272,7 +299,7 @@ def test_text_that_cannot_be_read_is_refused(read_tokens, shape, said, what):
         proj(torch.randn(1, 3, 4), **{what: torch.zeros(shape, dtype=torch.int64)})
     with pytest.raises(SpliceError, match="no features came to the projection"):
         proj(None)
-    with pytest.raises(SpliceError, match="`memory_targets` came without `features`|no features came"):
+    with pytest.raises(SpliceError, match="no features came to the projection"):
         tiny_model(kind="attention", read_tokens=1)(**tiny_batch(), memory_targets=torch.zeros(1, 21, 24))
 
 
@@ -345,7 +372,7 @@ def dealing(pieces=2, **changes):
     )
     torch.manual_seed(0)
     parts = {"feature_width": 3 * pieces, "embedding_width": 8, "embedding_rms": 0.1}
-    return Projection(settings, **parts, embeddings_CD=torch.randn(77, 8), tokenizer=tiny_tokenizer())
+    return Projection(settings, **parts, embeddings_CD=torch.randn(VOCABULARY, 8), tokenizer=tiny_tokenizer())
 
 
 def test_a_page_is_dealt_out_as_far_as_it_goes():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import shutil
 
 import numpy as np
@@ -126,29 +127,27 @@ def test_rows_say_which_tokens_and_letters_are_within_each_piece(bank, frame, pi
     stage = Stage(steps=1, max_units=2, pieces=pieces)
     settings = ObjectiveSettings(corpora=("x",), packed_length=1024, warm_start_steps=1, stages=(stage,))
     rows = PackedRows(by_pieces, settings, seed=0, rows_per_step=1, pad_token_id=0, reading_bank=bank)
+    tokenizer = frame.chat_format.tokenizer
     for row in (rows[0], rows[1]):
-        ids_PVT = row["memory_token_ids"]
+        ids_PVT, letters_PVL = row["memory_token_ids"], row["memory_letters"]
         pages, per_page = row["units"].shape
-        assert ids_PVT.shape[:2] == (pages, per_page * bank.tokens_per_unit)
+        assert ids_PVT.shape == letters_PVL.shape == (pages, per_page * bank.tokens_per_unit, LETTERS)
         for page, page_units in enumerate(row["units"].tolist()):
+            text = ""
             for place, unit in enumerate(page_units):
-                found = ids_PVT[page, place * bank.tokens_per_unit : (place + 1) * bank.tokens_per_unit]
-                wanted: list[int] = []
-                if unit >= 0:
-                    (document,) = documents_of(bank, [unit])
-                    begin, end = bank.token_range(document, bank.unit_start_U[unit], bank.unit_end_U[unit])
-                    wanted = bank.token_ids_T[begin:end].tolist()
-                    starts = bank.token_starts_T[begin:end]
-                    for number, piece in enumerate(found[: bank.unit_tokens_U[unit]]):
-                        left = bank.slot_chars_UV[unit, number]
-                        following = bank.slot_chars_UV[unit, number + 1 :]
-                        right = following[0] if len(following) else bank.unit_end_U[unit]
-                        inside = [t for t, s in zip(wanted, starts, strict=True) if left <= s < right]
-                        letters = row["memory_letters"][page, place * bank.tokens_per_unit + number]
-                        drawn = letter_codes(bank.documents[document].text[left:right])
-                        assert letters[letters != NONE].tolist() == drawn.tolist()[:LETTERS]
-                        assert piece[piece >= 0].tolist() == inside[: ids_PVT.shape[2]] or number == 0
-                assert found[found >= 0].tolist() == wanted
+                letters_VL = letters_PVL[page, place * bank.tokens_per_unit : (place + 1) * bank.tokens_per_unit]
+                used = bank.unit_tokens_U[unit] if unit >= 0 else 0
+                assert not (letters_VL[used:] != NONE).any()
+                if unit < 0:
+                    continue
+                (document,) = documents_of(bank, [unit])
+                edges = [*bank.slot_chars_UV[unit, :used].tolist(), int(bank.unit_end_U[unit])]
+                for letters_L, (left, right) in zip(letters_VL, itertools.pairwise(edges), strict=False):
+                    drawn = letter_codes(bank.documents[document].text[left:right])
+                    assert letters_L[letters_L != NONE].tolist() == drawn.tolist()
+                text += bank.documents[document].text[edges[0] : edges[-1]]
+            found = ids_PVT[page]
+            assert found[found >= 0].tolist() == tokenizer(text.removesuffix(" "))["input_ids"]
     without = PackedRows(by_pieces, settings, seed=0, rows_per_step=1, pad_token_id=0)
     assert "memory_token_ids" not in without[0]
     assert "memory_token_ids" not in without[1]
@@ -172,7 +171,8 @@ def test_pages_of_their_own_are_read_beside_the_llms(bank, frame):
     for part in (row, row["reading"]):
         shape = len(part["units"]), part["units"].shape[1] * bank.tokens_per_unit
         assert part["memory_token_ids"].shape[:2] == shape
-        assert part["memory_letters"].shape == (*shape, LETTERS)
+    assert row["reading"]["memory_letters"].shape == (*shape, LETTERS)
+    assert "memory_letters" not in row
     assert not torch.equal(row["reading"]["units"], row["units"])
     assert not torch.equal(row["reading"]["units"], rows[3]["reading"]["units"])
     alone = dataclasses.replace(settings, reading_tokens=0)

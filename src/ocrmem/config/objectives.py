@@ -86,7 +86,7 @@ class ObjectiveSettings:
     reading_tokens: int = 0
     """With `projection.read_tokens`: in each step of the LLM so many memory tokens of pages of their own are read, to
     learn to read, and not those of the LLM, whose memory is made of the true tokens either way. So what is read can be
-    other text, and there can be less of it. 0: the LLM's own pages are read."""
+    other text, and there can be less of it. 0: the LLM's own pages are read, as in stages of fewer `pieces`."""
     stages: tuple[Stage, ...]
     """The curriculum, one stage after the other."""
     packed_length: int = 16384

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from ocrmem.config.loader import from_mapping
 from ocrmem.config.mem import MEMConfig, RivalRecord
 from ocrmem.encoders.base import OCREncoder
 from ocrmem.encoders.registry import build_encoder
-from ocrmem.errors import AssetError, CheckpointError
+from ocrmem.errors import AssetError, CheckpointError, OcrmemError
 from ocrmem.files import write_files
 from ocrmem.model import stored_matrices
 from ocrmem.model.identity import EncoderIdentity, LLMIdentity, from_config
@@ -31,6 +32,8 @@ from ocrmem.model.stored_matrices import form
 
 if TYPE_CHECKING:
     from ocrmem.model.mem_model import MEMModel
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "adapter.safetensors"
 CONFIG_NAME = "config.json"
@@ -144,7 +147,7 @@ def load(
         name = base_llm_model.name_or_path or type(base_llm_model).__name__
     wanted_llm.check(LLMIdentity.of(base_llm_model, name=name, revision=revision), adapter=str(folder))
     if tokenizer is None and config.projection_settings.read_tokens:
-        tokenizer = load_tokenizer(wanted_llm.name)
+        tokenizer = _tokenizer_of(name, wanted_llm.name)
     model = cls(
         config,
         base_llm_model=base_llm_model,
@@ -156,6 +159,16 @@ def load(
     load_projection(model, folder)
     torch.nn.Module.to(model, device=device)
     return model.eval()
+
+
+def _tokenizer_of(*names: str) -> PreTrainedTokenizerBase | None:
+    """The first that is found; None: `PageReader.read` says what to do."""
+    for name in dict.fromkeys(names):
+        try:
+            return load_tokenizer(name)
+        except (OcrmemError, OSError, ValueError) as error:
+            log.warning("no tokenizer of %r for the letters that the adapter reads: %s", name, error)
+    return None
 
 
 def load_projection(

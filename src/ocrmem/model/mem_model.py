@@ -213,16 +213,15 @@ class MEMModel(PreTrainedModel):
             features -> proj -> memory tokens: the first grad_fn of the chain
             splice -> embeddings: grad_fn, from the memory tokens alone
             frozen LLM -> logits -> loss: grad_fn; the gradient passes through the frozen weights, and stops at none
-        Nothing here reads `.data`, nothing disables grad mode or detaches but a `proj` that reads letters, whose layers
-        before the tokens learn from `reading_loss` alone, and the mode of a part (`train()` or `eval()`)
-        does not matter for the chain. Where no sample of a training batch has a memory, the projection is run on
-        zeros and enters the embeddings with weight 0, so that every rank of a distributed run has the same graph.
+        Nothing here reads `.data`, disables grad mode or detaches, but in a `proj` that reads letters, whose layers before
+        the tokens learn from `reading_loss` alone; no part's `train()` or `eval()` matters. Where no sample of a training
+        batch has a memory, `proj` is run on zeros, at weight 0, so that every rank has the same graph.
 
         Raises:
             SpliceError: placeholders and memory tokens of a sample differ in number, or arguments are missing.
         """
         memory_PVD, reading_loss = None, None
-        if memory_targets is not None or memory_token_ids is not None:
+        if any(given is not None for given in (memory_targets, memory_token_ids, memory_letters, reading)):
             text = {"token_ids_PVT": memory_token_ids, "letters_PVL": memory_letters}
             projected = self.proj(features, page_num_tokens, **text)
             memory_PVD, reading_loss = (projected, None) if memory_letters is None else projected

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import nn
 
 from ocrmem.errors import ConfigError
@@ -32,17 +33,62 @@ NONE, OTHER = 0, 1
 """What a piece is read as beyond its last letter, and for a letter that is not in the alphabet."""
 UNKNOWN = "?"
 """Stands in the text for `OTHER`."""
+BLANKS = "\t\u00a0\u2007\u2009\u200a\u202f\u3000"
+"""Drawn as a space is, and read as one."""
 LETTERS = 5
 """Most letters of a piece: of four cells, and a space where a line ends."""
 _LETTER_OF = ["", UNKNOWN, *dict.fromkeys(ALPHABET)]
 _CODES = np.full(0x10000, OTHER, dtype=np.int16)
 _CODES[[ord(letter) for letter in _LETTER_OF[2:]]] = np.arange(2, len(_LETTER_OF))
+_CODES[[ord(blank) for blank in BLANKS]] = _CODES[ord(" ")]
 
 
 def letter_codes(text: str) -> np.ndarray:
     """int16 [characters]: what each is read as."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     return _CODES[np.where(points < len(_CODES), points, 0xFFFF)]
+
+
+def page_cutter(tokenizer: PreTrainedTokenizerBase | None) -> Tokenizer:
+    """A tokenizer's own copy for `cut_pages`, which neither pads nor shortens, and which no other thread changes.
+
+    Raises:
+        ConfigError: there is none, or it does not say where its tokens are in the text.
+    """
+    if tokenizer is None or not tokenizer.is_fast:
+        given = "no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__}, which is no fast tokenizer"
+        raise ConfigError(
+            f"the projection reads letters (projection.read_tokens) and was given {given}. Give the LLM's: "
+            "MEMModel(…, tokenizer=AutoTokenizer.from_pretrained(…)), or from_pretrained(…, tokenizer=…)."
+        )
+    own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # pyright: ignore
+    own.no_padding()
+    own.no_truncation()
+    return own
+
+
+def cut_pages(letters_PVL: np.ndarray, cutter: Tokenizer) -> np.ndarray:
+    """Text tokens that begin within each piece, int64 [P, V, `LETTERS`], in order, then -1.
+
+    A page's letters are one text, without the space that it may end with, since the next page is cut apart from it. A
+    piece has no more tokens than letters.
+
+    Args:
+        letters_PVL: as `letter_codes` has them; what is beyond a piece's first `NONE` is left out.
+        cutter: of `page_cutter`.
+    """
+    letters_PVL = np.where(np.cumprod(letters_PVL != NONE, axis=2), letters_PVL, NONE)
+    texts = ["".join(_LETTER_OF[code] for code in letters_VL.flat) for letters_VL in letters_PVL]
+    texts = [text[:-1] if text.endswith(" ") else text for text in texts]
+    ids_PVT = np.full(letters_PVL.shape, -1, dtype=np.int64)
+    for page, encoding in enumerate(cutter.encode_batch(texts, add_special_tokens=False)):
+        firsts_V = np.cumsum((letters_PVL[page] != NONE).sum(axis=1))[:-1]
+        starts_T = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        piece_T = np.searchsorted(firsts_V, starts_T, side="right")
+        place_T = np.arange(len(piece_T)) - np.searchsorted(piece_T, piece_T)
+        kept_T = place_T < LETTERS  # of a letter of several bytes there may be several
+        ids_PVT[page, piece_T[kept_T], place_T[kept_T]] = np.array(encoding.ids, dtype=np.int64)[kept_T]
+    return ids_PVT
 
 
 class PageReader(nn.Module):
@@ -63,6 +109,7 @@ class PageReader(nn.Module):
         super().__init__()
         width = embeddings_CD.shape[1]
         self.read_tokens, self.tokenizer = read_tokens, tokenizer
+        self._cutter: Tokenizer | None = None
         self.letters = nn.Linear(width, LETTERS * len(_LETTER_OF), dtype=torch.float32)
         self.value = nn.Linear(width, width, bias=False, dtype=torch.float32)
         nn.init.eye_(self.value.weight)
@@ -105,34 +152,15 @@ class PageReader(nn.Module):
 
     @torch.no_grad()
     def read(self, pieces_PVD: torch.Tensor, used_P: torch.Tensor | None = None) -> torch.Tensor:
-        """Text tokens that begin within each piece, int64 [P, V, `read_tokens`], then -1: each page's letters as one
-        text, cut by the tokenizer.
+        """Text tokens that begin within each piece, int64 [P, V, `LETTERS`], then -1, by `cut_pages`.
 
         Raises:
-            ConfigError: there is no tokenizer, or it does not say where its tokens are in the text.
+            ConfigError: there is no fast tokenizer.
         """
-        tokenizer = self.tokenizer
-        if tokenizer is None or not tokenizer.is_fast:
-            given = "no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__}, which is no fast tokenizer"
-            raise ConfigError(
-                f"the projection reads letters (projection.read_tokens) and was given {given}. Give the LLM's: "
-                "MEMModel(…, tokenizer=AutoTokenizer.from_pretrained(…)), or from_pretrained(…, tokenizer=…)."
-            )
-        codes_PVL = self.logits(pieces_PVD).argmax(dim=-1) * _used(pieces_PVD, used_P)[..., None]
-        codes_PVL = codes_PVL.where((codes_PVL != NONE).cumprod(dim=-1).bool(), NONE).cpu().numpy()
-        texts = ["".join(_LETTER_OF[code] for code in page_VL.flat) for page_VL in codes_PVL]
-        # Of the tokenizer itself, as its wrapper may not be called from two threads at a time.
-        encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)  # pyright: ignore
-        ids_PVR = np.full((*codes_PVL.shape[:2], self.read_tokens), -1, dtype=np.int64)
-        for page, (letters_VL, encoding) in enumerate(zip(codes_PVL, encodings, strict=True)):
-            firsts_V = np.cumsum((letters_VL != NONE).sum(axis=1))[:-1]
-            ids_T = np.array(encoding.ids, dtype=np.int64)
-            starts_T = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
-            piece_T = np.searchsorted(firsts_V, starts_T, side="right")
-            place_T = np.arange(len(ids_T)) - np.searchsorted(piece_T, piece_T)
-            kept_T = place_T < self.read_tokens
-            ids_PVR[page, piece_T[kept_T], place_T[kept_T]] = ids_T[kept_T]
-        return torch.from_numpy(ids_PVR).to(pieces_PVD.device)
+        if self._cutter is None:
+            self._cutter = page_cutter(self.tokenizer)
+        letters_PVL = self.logits(pieces_PVD).argmax(dim=-1) * _used(pieces_PVD, used_P)[..., None]
+        return torch.from_numpy(cut_pages(letters_PVL.cpu().numpy(), self._cutter)).to(pieces_PVD.device)
 
 
 def _used(pieces_PV: torch.Tensor, used_P: torch.Tensor | None) -> torch.Tensor:

@@ -221,7 +221,7 @@ def out_of_memory(model: MEMModel, inputs: dict[str, Any], *, error: BaseExcepti
 
 
 def _learned(model: MEMModel) -> int:
-    return sum(parameter.numel() * parameter.itemsize for parameter in model.proj.parameters())
+    return sum(p.numel() * p.itemsize for p in model.proj.parameters() if p.requires_grad)
 
 
 def _bytes(module: torch.nn.Module) -> int:

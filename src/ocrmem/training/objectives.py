@@ -214,9 +214,7 @@ class ObjectiveTrainer(MEMTrainer):
             outputs = model(**{key: inputs[key] for key in FORWARD_KEYS if key in inputs})
             self._note("warm_start", outputs.loss)
             self._note_memory(inputs)
-            weight = self.settings.warm_start_weight
-            # At no weight the layers after the reading are left alone: to Muon a gradient of 0 is one.
-            outputs.loss = weight * outputs.loss if weight else 0.0
+            outputs.loss = self.settings.warm_start_weight * outputs.loss
             return self._with_reading(outputs)
         self._labels += inputs["task_of_label"].numel()
         weight = inputs.get("distillation", 0.0)

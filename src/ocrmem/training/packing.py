@@ -6,11 +6,13 @@ any number of loader processes draws the same ones.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from ocrmem.config.objectives import TASKS, Features, ObjectiveSettings, Stage
@@ -18,7 +20,7 @@ from ocrmem.data.bank import Bank
 from ocrmem.data.collator import splice_index
 from ocrmem.errors import ConfigError, DataError
 from ocrmem.model.label_loss import IGNORE_INDEX
-from ocrmem.model.reader import LETTERS, NONE, letter_codes
+from ocrmem.model.reader import LETTERS, NONE, cut_pages, letter_codes, page_cutter
 from ocrmem.model.splice import positions_after
 from ocrmem.training.tasks import Sample, TaskSampler
 
@@ -61,6 +63,7 @@ class PackedRows(Dataset[dict[str, Any]]):
     ) -> None:
         self.samplers, self.settings, self.seed = samplers, settings, seed
         self.reading_bank, self.dealt = reading_bank, dealt
+        self.cutter = None if reading_bank is None else page_cutter(samplers[max(samplers)].frame.chat_format.tokenizer)
         self.position_stride = position_stride
         self.rows_per_step, self.pad_token_id = rows_per_step, pad_token_id
         self.whole = max(samplers)
@@ -74,12 +77,16 @@ class PackedRows(Dataset[dict[str, Any]]):
         drawn = stage or self.settings.stages[0]
         pieces = drawn.pieces or self.whole
         if stage is None:
-            return {**self._memory_alone(rng, drawn, self.settings.packed_length), **ONE_POSITION, "warm_start": True}
+            slots: Literal["pixels", "evenly"] = "evenly" if self.dealt else "pixels"
+            memory = self._memory_alone(rng, drawn, self.settings.packed_length, slots)
+            return {**memory, **ONE_POSITION, "warm_start": True}
         samples = fill(lambda: self.samplers[pieces].sample(rng, drawn), self.settings.packed_length)
         batch = self.pack(samples, pieces, shares=drawn.tasks)
         batch["distillation"] = stage.distillation
         if self.settings.reading_tokens and self.reading_bank is not None and pieces == self.whole:
-            batch["reading"] = self._memory_alone(rng, drawn, self.settings.reading_tokens)
+            any_length = dataclasses.replace(drawn, min_units=1)
+            batch["reading"] = self._memory_alone(rng, any_length, self.settings.reading_tokens, None)
+            del batch["memory_letters"]  # of the LLM's own pages, whose features it does without
         return batch
 
     def checked_row(self) -> dict[str, Any]:
@@ -90,23 +97,25 @@ class PackedRows(Dataset[dict[str, Any]]):
         step = self.settings.warm_start_steps + sum(stage.steps for stage in before)
         return self[step * self.rows_per_step]
 
-    def _memory_alone(self, rng: np.random.Generator, stage: Stage, length: int) -> dict[str, Any]:
-        """What a row says of a memory that no LLM reads: `length` memory tokens or a few more, with the text tokens
-        under each as `slots`."""
+    def _memory_alone(
+        self, rng: np.random.Generator, stage: Stage, length: int, slots: Literal["pixels", "evenly"] | None
+    ) -> dict[str, Any]:
+        """What a row says of a memory that no LLM reads: `length` memory tokens, and the rest of the last run of
+        units; with the text tokens under each as `slots`, if asked for."""
         pieces = stage.pieces or self.whole
         sampler = self.samplers[pieces]
         runs: list[list[int]] = []
         total = 0
         if not sampler.has("all", stage.min_units):
             raise DataError(
-                f"no document of the corpora has {stage.min_units} units, the min_units of a stage, and what is read "
-                "without an LLM is as long. Lower it, or give longer documents."
+                f"no document of the corpora has {stage.min_units} units, the min_units of the first stage, which the "
+                "warm start uses too. Lower it, or give longer documents."
             )
         lexicon = self.settings.warm_start_lexicon
         if lexicon and not sampler.has("shuffled", stage.min_units):
             raise DataError(
                 f"objectives.warm_start_lexicon={lexicon}, and no document of the lexicon has {stage.min_units} units, "
-                "the min_units of a stage, and what is read without an LLM is as long. Lower min_units, or set it to 0."
+                "the min_units of the first stage, which the warm start uses too. Lower min_units, or set it to 0."
             )
         while total < length:
             found = sampler.run(rng, stage, pool="shuffled" if lexicon and rng.random() < lexicon else "all")
@@ -118,8 +127,9 @@ class PackedRows(Dataset[dict[str, Any]]):
             sampler.bank,
             features=self.settings.features,
             pieces=pieces if self.whole > 1 else None,
-            slots="evenly" if self.dealt else "pixels",
+            slots=slots,
             reading_bank=self.reading_bank,
+            cutter=self.cutter,
         )
         return {**batch, "pieces": pieces}
 
@@ -142,6 +152,7 @@ class PackedRows(Dataset[dict[str, Any]]):
             shares=shares,
             position_stride=max(1, self.position_stride * pieces // self.whole),
             reading_bank=self.reading_bank,
+            cutter=self.cutter,
         )
         batch["pieces"] = pieces
         return batch
@@ -187,6 +198,7 @@ def pack(
     shares: Mapping[str, float] | None = None,
     position_stride: int = 1,
     reading_bank: Bank | None = None,
+    cutter: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """One packed row.
 
@@ -195,7 +207,7 @@ def pack(
         pieces: to a memory token of the bank, for `rival_slots`.
         shares: of the loss by task; None: every label weighs the same.
         position_stride: positions that a memory token takes.
-        reading_bank: for `memory_part`.
+        reading_bank, cutter: for `memory_part`.
 
     Returns:
         `input_ids`, `labels`, `position_ids` int64 [1, length]; `cu_seq_lens_q` int32; `max_length_q`;
@@ -215,7 +227,7 @@ def pack(
         position_stride=position_stride,
     )
     units = [sample.units for sample in samples]
-    memory = memory_part(units, bank, features=features, pieces=pieces, reading_bank=reading_bank)
+    memory = memory_part(units, bank, features=features, pieces=pieces, reading_bank=reading_bank, cutter=cutter)
     tokens, width = memory["page_num_tokens"].tolist(), memory["units"].shape[1]
     tasks_N = np.concatenate([np.full(int(s.labelled_T[1:].sum()), TASKS.index(s.task)) for s in samples])  # pyright: ignore
     batch: dict[str, Any] = {
@@ -247,6 +259,7 @@ def memory_part(
     pieces: int | None,
     slots: Literal["pixels", "evenly"] | None = None,
     reading_bank: Bank | None = None,
+    cutter: Tokenizer | None = None,
 ) -> dict[str, torch.Tensor]:
     """What a row says of its memory.
 
@@ -257,12 +270,13 @@ def memory_part(
             or a page's dealt out evenly.
         reading_bank: the same units with one piece to a memory token, for `memory_token_ids` and `memory_letters`;
             None: leave them out.
+        cutter: the LLM's, by `page_cutter`, which cuts the pages as they are cut where they are read.
 
     Returns:
         `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has
         none; for a rival `slots` int32 [P, V, tokens] as `rival_slots` gives them, and where asked for, as `slots`
-        says; `memory_token_ids` int32 [P, V × pieces, tokens], those that begin within each piece, and
-        `memory_letters` int16 [P, V × pieces, `reader.LETTERS`], by `letter_codes`.
+        says; `memory_letters` int16 [P, V × pieces, `reader.LETTERS`], by `letter_codes`, and `memory_token_ids` int64
+        of the same shape, the tokens that begin within each piece, by `cut_pages`.
     """
     pages = [list(page) for units in runs for page in bank.pages_of(units)]
     width = max(map(len, pages))
@@ -277,8 +291,10 @@ def memory_part(
     elif slots is not None:
         batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=slots == "evenly"))
     if reading_bank is not None:
-        batch["memory_token_ids"] = torch.from_numpy(token_slots(reading_bank, units_PU, evenly=False))
-        batch["memory_letters"] = torch.from_numpy(piece_letters(reading_bank, units_PU))
+        assert cutter is not None, "pages are cut as the LLM's tokenizer cuts them"
+        letters_PVL = piece_letters(reading_bank, units_PU)
+        batch["memory_letters"] = torch.from_numpy(letters_PVL)
+        batch["memory_token_ids"] = torch.from_numpy(cut_pages(letters_PVL, cutter))
     return batch
 
 

@@ -168,8 +168,9 @@ def _zero3_weight(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _set_master_weights(parameters: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
-    """DeepSpeed's optimizers step float32 copies of the weights, and copy them back."""
-    held = {name: p for name, p in parameters.items() if _is_zero3(p) or hasattr(p, "_hp_mapping")}
+    """DeepSpeed's optimizers step float32 copies of the weights that learn, and copy them back."""
+    learning = {name: p for name, p in parameters.items() if p.requires_grad}
+    held = {name: p for name, p in learning.items() if _is_zero3(p) or hasattr(p, "_hp_mapping")}
     if held:
         from deepspeed.utils import safe_set_full_fp32_param  # pyright: ignore[reportMissingImports]
 

@@ -156,10 +156,12 @@ class MEMTrainer(ExplainedTrainer):
                 f"Launch one process for each: `torchrun --nproc-per-node {args.n_gpu} -m ocrmem train CONFIG`, or "
                 "show the process one GPU with CUDA_VISIBLE_DEVICES=0."
             )
+        reading = model.proj.reading_parameters()
+        for parameter in reading:
+            parameter.requires_grad_(True)  # where another trainer left it alone
         check_trainable(model, proj=model.proj)
-        if not self.learns_to_read:
-            for parameter in model.proj.reading_parameters():
-                parameter.requires_grad_(False)
+        for parameter in reading:
+            parameter.requires_grad_(self.learns_to_read)
         if not asked_for_deepspeed():  # whose stage is known below, and which moves no weight before it is
             check_memory(model, args.device, shares=args.world_size if asked_for_fsdp() else 1)
         args = copy.copy(args)
