@@ -213,9 +213,9 @@ class MEMModel(PreTrainedModel):
             features -> proj -> memory tokens: the first grad_fn of the chain
             splice -> embeddings: grad_fn, from the memory tokens alone
             frozen LLM -> logits -> loss: grad_fn; the gradient passes through the frozen weights, and stops at none
-        Nothing here reads `.data`, disables grad mode or detaches, but in a `proj` that reads letters, whose layers before
-        the tokens learn from `reading_loss` alone; no part's `train()` or `eval()` matters. Where no sample of a training
-        batch has a memory, `proj` is run on zeros, at weight 0, so that every rank has the same graph.
+        Nothing here reads `.data`, disables grad mode or detaches, but a `proj` that reads letters, whose layers before
+        the tokens learn from `reading_loss` alone; no part's `train()` or `eval()` matters. Where no sample of a
+        training batch has a memory, `proj` is run on zeros, at weight 0, so that every rank has the same graph.
 
         Raises:
             SpliceError: placeholders and memory tokens of a sample differ in number, or arguments are missing.
