@@ -205,6 +205,13 @@ class MEMTrainer(ExplainedTrainer):
         reading_loss = outputs.get("reading_loss")
         return outputs.loss if reading_loss is None else outputs.loss + reading_loss
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's, without a group that has no parameters: DeepSpeed's optimizers leave it out, and then a checkpoint
+        of theirs fits no other run."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's, with a message that says what to change where a step does not fit into memory."""
         try:
