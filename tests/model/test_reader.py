@@ -186,7 +186,7 @@ def test_without_a_fast_tokenizer_nothing_can_be_read(tokenizer):
         reader.read(torch.randn(1, 2, 24))
 
 
-def test_an_adapter_that_reads_is_loaded_with_the_llms_tokenizer(tmp_path):
+def test_an_adapter_that_reads_is_loaded_with_the_llms_tokenizer(tmp_path, caplog):
     model = tiny_model(kind="attention", read_tokens=2)
     before = model.get_input_embeddings().weight.clone()
     batch = tiny_batch()
@@ -198,6 +198,10 @@ def test_an_adapter_that_reads_is_loaded_with_the_llms_tokenizer(tmp_path):
     loaded = MEMModel.from_pretrained(tmp_path, **parts, tokenizer=tiny_tokenizer())
     torch.testing.assert_close(loaded(**batch).loss, model(**batch).loss)
     assert torch.equal(loaded.proj.reader.embeddings_CD, before.float())
+    without = MEMModel.from_pretrained(tmp_path, **parts)  # a random LLM, of which there is no tokenizer to load
+    assert "the adapter reads letters, and no tokenizer was found" in caplog.text
+    with pytest.raises(ConfigError, match="was given no tokenizer. Give the LLM's"):
+        without(**batch)
     assert set(model._ddp_params_and_buffers_to_ignore) <= set(dict(model.named_buffers()))
 
 

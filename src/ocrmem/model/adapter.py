@@ -23,7 +23,7 @@ from ocrmem.config.loader import from_mapping
 from ocrmem.config.mem import MEMConfig, RivalRecord
 from ocrmem.encoders.base import OCREncoder
 from ocrmem.encoders.registry import build_encoder
-from ocrmem.errors import AssetError, CheckpointError, OcrmemError
+from ocrmem.errors import AssetError, CheckpointError
 from ocrmem.files import write_files
 from ocrmem.model import stored_matrices
 from ocrmem.model.identity import EncoderIdentity, LLMIdentity, from_config
@@ -163,11 +163,13 @@ def load(
 
 def _tokenizer_of(*names: str) -> PreTrainedTokenizerBase | None:
     """The first that is found; None: `PageReader.read` says what to do."""
+    errors = []
     for name in dict.fromkeys(names):
         try:
             return load_tokenizer(name)
-        except (OcrmemError, OSError, ValueError) as error:
-            log.warning("no tokenizer of %r for the letters that the adapter reads: %s", name, error)
+        except (OSError, ValueError) as error:
+            errors.append(f"{name!r}: {error}")
+    log.warning("the adapter reads letters, and no tokenizer was found: %s", "; ".join(errors))
     return None
 
 
