@@ -60,10 +60,11 @@ def test_merged_layers_attend_over_whole_memory_tokens_in_use():
     before = proj.merged
     proj.merged = None
     pieces_PVD = proj.attention(
-        proj.linear2(torch.nn.functional.gelu(proj.linear1(features_PVE.reshape(2, 10, 6)))), used * 2
+        proj.linear2(torch.nn.functional.gelu(proj.linear1(features_PVE.reshape(2, 10, 6)))),
+        torch.arange(10) < 2 * used[:, None],
     )
     assert not torch.allclose(proj(features_PVE, used), memory_PVD)
-    expected = before(proj._merged(pieces_PVD, 2), used)
+    expected = before(proj._merged(pieces_PVD, 2), torch.arange(5) < used[:, None])
     torch.testing.assert_close(memory_PVD, torch.nn.functional.rms_norm(expected, (8,), eps=1e-6) * 0.1)
     proj.merged = before
     changed = features_PVE.clone()
@@ -83,9 +84,12 @@ def test_more_pieces_than_the_projection_has_are_refused():
 
 
 def test_only_the_distance_between_pieces_counts():
-    alone, after_blanks = rotary(torch.arange(6), 4), rotary(torch.arange(3, 9), 4)
+    angles_2PVH = rotary(torch.stack([torch.arange(6), torch.arange(3, 9)]), 4)  # from the start, and after blanks
     query, key = torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4)
-    scores = [turned(query, r) @ turned(key, r).transpose(-1, -2) for r in (alone, after_blanks)]
+    scores = [
+        turned(query, angles) @ turned(key, angles).transpose(-1, -2)
+        for angles in angles_2PVH[:, :, None, None].unbind(1)
+    ]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import VOCABULARY, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import TrainingArguments
 
+from ocrmem.config.mem import RivalRecord
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.data.collator import MEMCollator
 from ocrmem.errors import CheckpointError, ConfigError, SpliceError
@@ -29,6 +30,7 @@ from ocrmem.model.reader import (
     letter_codes,
     page_cutter,
 )
+from ocrmem.training.rivals import rival_projection
 from ocrmem.training.trainer import MEMTrainer
 
 READS = ("linear1", "linear2", "attention", "reader.letters")
@@ -53,10 +55,10 @@ def seeing(reader: PageReader, pages: list[list[str]]) -> torch.Tensor:
     return pieces_ND.unflatten(0, letters_PVL.shape[:2])
 
 
-def new_reader(width: int = 24, read_tokens: int = 3) -> PageReader:
+def new_reader(width: int = 24) -> PageReader:
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
-    return PageReader(torch.randn(len(tokenizer), width) * 0.1, read_tokens=read_tokens, tokenizer=tokenizer)
+    return PageReader(torch.randn(len(tokenizer), width) * 0.1, tokenizer=tokenizer)
 
 
 def tokens_of(reader: PageReader, ids_PVT: torch.Tensor) -> list[list[list[str]]]:
@@ -124,7 +126,7 @@ def test_a_tokenizer_that_pads_or_shortens_does_neither_here():
 def test_rare_words_are_cut_as_the_llms_tokenizer_cuts_them():
     tokenizer = shared_tokenizer()
     text = "Artiodactyla: fingering\norchestral – 18,250 “naïve” Achaeans don't…"
-    reader = PageReader(torch.randn(len(tokenizer), 24), read_tokens=5, tokenizer=tokenizer)
+    reader = PageReader(torch.randn(len(tokenizer), 24), tokenizer=tokenizer)
     pieces = [text[start : start + 4] for start in range(0, len(text), 4)]
     pieces_PVD = seeing(reader, [pieces])
     ids_PVR = reader.read(pieces_PVD)
@@ -133,12 +135,12 @@ def test_rare_words_are_cut_as_the_llms_tokenizer_cuts_them():
 
 def test_tokens_are_given_as_the_llms_embeddings_at_one_size():
     reader = new_reader()
-    ids_PVT = torch.tensor([[[3, 4, -1, -1], [-1, -1, -1, -1]], [[5, 6, 7, 8], [9, -1, -1, -1]]])
-    read_PVRD, present_PVR = reader(ids_PVT, torch.tensor([2, 1]))
-    assert present_PVR.tolist() == [[[True, True, False], [False] * 3], [[True] * 3, [False] * 3]]
+    ids_PVK = torch.tensor([[[3, 4, -1], [-1, -1, -1]], [[5, 6, 7], [-1, 9, -1]]])
+    read_PVKD, present_PVK = reader(ids_PVK)
+    assert present_PVK.tolist() == [[[True, True, False], [False] * 3], [[True] * 3, [False, True, False]]]
     rms = reader.embeddings_CD.square().mean().sqrt()
-    torch.testing.assert_close(read_PVRD[1, 0], reader.embeddings_CD[[5, 6, 7]] / rms)
-    assert not read_PVRD[~present_PVR].any()
+    torch.testing.assert_close(read_PVKD[1, 0], reader.embeddings_CD[[5, 6, 7]] / rms)
+    assert not read_PVKD[~present_PVK].any()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3_text"])
@@ -166,7 +168,7 @@ def test_it_learns_to_read():
     torch.manual_seed(0)
     letters = "abcdefgh"
     words = [a + b for a in letters for b in letters]
-    reader = new_reader(16, read_tokens=2)
+    reader = new_reader(16)
     drawn_ND = torch.stack([F.one_hot(torch.tensor([*map(letters.index, word)]), 8).flatten() for word in words])
     optimizer = torch.optim.Adam(reader.parameters(), lr=3e-2)
     for _ in range(100):
@@ -353,20 +355,15 @@ def test_it_needs_attention_and_the_table():
 @pytest.mark.parametrize("slots", [6, 4, 1])
 def test_tokens_are_dealt_out_as_a_rivals_are(slots):
     torch.manual_seed(0)
-    states_LMD = torch.randn(20, 24, 3, requires_grad=True)
-    present_LM = torch.rand(20, 24) < torch.linspace(0, 1, 20)[:, None]
-    dealt_LVKD = dealt_evenly(states_LMD, present_LM, torch.full((20,), slots), (6, 5))
+    ids_LM = torch.randint(0, 99, (20, 24))
+    ids_LM[torch.rand(20, 24) >= torch.linspace(0, 1, 20)[:, None]] = -1
+    dealt_LVK = dealt_evenly(ids_LM, torch.full((20,), slots), (6, 5))
     for line in range(20):
-        found = states_LMD[line, present_LM[line]]
-        expected = torch.zeros(6, 5, 3)
+        found = ids_LM[line][ids_LM[line] >= 0].tolist()
         of_slot = [number * slots // len(found) for number in range(len(found))]  # as `token_slots` has it
-        for slot in range(slots):
-            inside = [found[number] for number in range(len(found)) if of_slot[number] == slot]
-            for back, state in enumerate(reversed(inside[-5:])):
-                expected[slot, back] = state
-        torch.testing.assert_close(dealt_LVKD[line], expected)
-    dealt_LVKD.sum().backward()
-    assert (states_LMD.grad[~present_LM] == 0).all()
+        for slot in range(6):
+            inside = [token for token, at in zip(found, of_slot, strict=True) if at == slot][-5:]
+            assert dealt_LVK[line, slot].tolist() == [-1] * (5 - len(inside)) + inside
 
 
 def dealing(pieces=2, **changes):
@@ -401,38 +398,101 @@ def test_a_page_is_dealt_out_as_far_as_it_goes():
 
 def test_what_is_dealt_is_the_tokens_that_were_read():
     proj = dealing(merged_layers=0)
-    states_PND = torch.randn(1, 8, 8)
-    read_PNRD = torch.randn(1, 8, 2, 8)
-    present_PNR = torch.zeros(1, 8, 2, dtype=torch.bool)
-    for piece, reading in ((0, 0), (1, 1), (2, 0), (2, 1), (7, 0)):
-        present_PNR[0, piece, reading] = True
+    ids_PVT = torch.full((1, 8, 3), -1)
+    for token, (piece, place) in enumerate(((0, 0), (1, 0), (2, 0), (2, 1), (2, 2), (7, 0))):
+        ids_PVT[0, piece, place] = token
     matrices = [matrix.weight for matrix in proj.merge]
     for weight in matrices:
         torch.nn.init.normal_(weight)
-    dealt_PVD = proj._dealt(states_PND[:, :, None] + read_PNRD, present_PNR, 2, torch.tensor([4]))
-    token = {(n, r): states_PND[0, n] + read_PNRD[0, n, r] for n, r in ((0, 0), (1, 1), (2, 0), (2, 1), (7, 0))}
-    expected = torch.stack(  # five tokens over four memory tokens
+    memory_PVD = proj._of_text(ids_PVT, 2, torch.tensor([4]))
+    states = proj.reader(torch.arange(6)[None, None])[0][0, 0]
+    expected = torch.stack(  # five tokens over four memory tokens: of a piece two are read
         [
-            matrices[0] @ token[1, 1] + matrices[1] @ token[0, 0],
-            matrices[0] @ token[2, 0],
-            matrices[0] @ token[2, 1],
-            matrices[0] @ token[7, 0],
+            matrices[0] @ states[1] + matrices[1] @ states[0],
+            matrices[0] @ states[2],
+            matrices[0] @ states[3],
+            matrices[0] @ states[5],
         ]
     )
-    torch.testing.assert_close(dealt_PVD[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(memory_PVD[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_dealing_learns_through_every_matrix_and_goes_on_with_more_pieces(tmp_path):
+def test_dealing_begins_with_the_sum_learns_through_every_matrix_and_goes_on_with_more_pieces(tmp_path):
     model = tiny_model(kind="attention")
     model.proj = dealing(pieces=2, merged_layers=0)
-    memory_PVD = model.proj(torch.randn(3, 4, 6), torch.tensor([4, 4, 4]))
+    ids_PVT = torch.arange(16).reshape(1, 8, 2)
+    memory_PVD = model.proj(None, token_ids_PVT=ids_PVT)
+    states_PVKD = model.proj.reader(ids_PVT.reshape(1, 4, 4)[..., 1:])[0]  # of four tokens three are kept
+    torch.testing.assert_close(F.normalize(memory_PVD, dim=-1), F.normalize(states_PVKD.sum(dim=2), dim=-1))
     memory_PVD.pow(3).sum().backward()
     assert all(matrix.weight.grad.any() for matrix in model.proj.merge)
+    for matrix in model.proj.merge:
+        torch.nn.init.normal_(matrix.weight)
     model.save_pretrained(tmp_path)
+    last = model.proj.merge[2].weight
     model.proj = dealing(pieces=4, merged_layers=0)
     load_projection(model, tmp_path, start=True)
     assert len(model.proj.merge) == 5
-    assert not model.proj.merge[3].weight.any()
+    torch.testing.assert_close(model.proj.merge[2].weight, last)
+    assert torch.equal(model.proj.merge[3].weight, last)
+    assert torch.equal(model.proj.merge[4].weight, last)
+
+
+def text_of_pages() -> torch.Tensor:
+    """Token ids [2, 8, 2] of two pages, here and there none."""
+    torch.manual_seed(1)
+    ids_PVT = torch.randint(0, VOCABULARY, (2, 8, 2))
+    ids_PVT[torch.rand(2, 8, 2) < 0.4] = -1
+    return ids_PVT
+
+
+@pytest.mark.parametrize("deal_tokens", [False, True])
+def test_tokens_see_each_other_before_they_become_memory(deal_tokens):
+    """Those in use on their own page, by how many tokens they are apart, wherever in their pieces these begin."""
+    proj = dealing(text_layers=2, merged_layers=0, deal_tokens=deal_tokens)
+    ids_PVT, used_P = text_of_pages(), torch.tensor([4, 3])
+    memory_PVD = proj(None, used_P, token_ids_PVT=ids_PVT)
+    without = dealing(merged_layers=0, deal_tokens=deal_tokens)
+    without.load_state_dict({k: v for k, v in proj.state_dict().items() if not k.startswith("text.")})
+    assert not torch.allclose(without(None, used_P, token_ids_PVT=ids_PVT), memory_PVD)
+    alone = proj(None, used_P[1:], token_ids_PVT=ids_PVT[1:])
+    torch.testing.assert_close(alone, memory_PVD[1:])
+    changed = ids_PVT.clone()
+    changed[1, 6:] = 3  # not in use
+    torch.testing.assert_close(proj(None, used_P, token_ids_PVT=changed)[1, :3], memory_PVD[1, :3])
+    changed = ids_PVT.clone()
+    changed[0, 0] = torch.tensor([7, 8])
+    assert not torch.allclose(proj(None, used_P, token_ids_PVT=changed)[0, 3], memory_PVD[0, 3])
+    empty = torch.full_like(ids_PVT, -1)
+    assert proj(None, used_P, token_ids_PVT=empty).isfinite().all()
+    memory_PVD.pow(3).sum().backward()
+    assert all(p.grad.any() for layer in proj.text.layers for p in layer.parameters() if p.ndim == 2)
+
+
+def test_tokens_count_their_distance_in_tokens():
+    proj = dealing(text_layers=1, merged_layers=0)
+    close = torch.tensor([[[3, -1], [4, -1], [5, -1], [6, -1]]])
+    spread = torch.tensor([[[3, 4], [-1, -1], [-1, -1], [5, 6]]])  # the same text, begun in other pieces
+    torch.testing.assert_close(proj(None, token_ids_PVT=close), proj(None, token_ids_PVT=spread))
+
+
+def test_further_layers_begin_with_what_is_there(tmp_path):
+    model = tiny_model(kind="attention")
+    model.proj = dealing(merged_layers=1)
+    for matrix in model.proj.merge:
+        torch.nn.init.normal_(matrix.weight)
+    model.save_pretrained(tmp_path)
+    ids_PVT = text_of_pages()
+    before_PVD = model.proj(None, token_ids_PVT=ids_PVT)
+    model.proj = dealing(text_layers=2, merged_layers=3)
+    load_projection(model, tmp_path, start=True)
+    memory_PVD = model.proj(None, token_ids_PVT=ids_PVT)
+    torch.testing.assert_close(memory_PVD, before_PVD)
+    memory_PVD.pow(3).sum().backward()
+    learns = {n for n, p in model.proj.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {"text.layers.1.mlp2.weight", "merged.layers.2.out.weight"} <= learns
+    with pytest.raises(CheckpointError, match="missing merged.layers.1.mlp1.bias; "):
+        load_projection(model, tmp_path)
 
 
 def test_an_adapter_that_deals_is_no_start_for_one_that_merges_pieces(tmp_path):
@@ -450,3 +510,16 @@ def test_an_adapter_that_deals_is_no_start_for_one_that_merges_pieces(tmp_path):
 def test_dealing_needs_tokens_that_are_read():
     with pytest.raises(ConfigError, match="deal_tokens=true needs read_tokens of 1 or more, and merge=true"):
         ProjectionSettings(kind="attention", pieces=2, merge=True, deal_tokens=True)
+
+
+def test_layers_over_tokens_need_tokens():
+    with pytest.raises(ConfigError, match="text_layers=1 needs read_tokens of 1 or more"):
+        ProjectionSettings(kind="attention", text_layers=1)
+    with pytest.raises(ConfigError, match="num_layers=-1: expected 0 or more"):
+        ProjectionSettings(kind="attention", num_layers=-1)
+    settings = ProjectionSettings(
+        kind="attention", num_layers=0, pieces=2, read_tokens=2, text_layers=2, merged_layers=1
+    )
+    rival = rival_projection(settings, RivalRecord(kind="mean-pooling", pieces=2, tokens_per_page=3))
+    assert (rival.num_layers, rival.text_layers, rival.merged_layers, rival.read_tokens) == (2, 0, 1, 0)
+    assert dealing(num_layers=0).attention is None

@@ -17,7 +17,7 @@ class ProjectionSettings:
     hidden_size: int | None = None
     """Width between the two linear layers; None: the LLM's embedding width."""
     num_layers: int = 2
-    """Attention layers (kind `attention` alone)."""
+    """Attention layers over the pieces of a page (kind `attention` alone). 0: each is seen alone."""
     mlp_ratio: int = 4
     """Width of the MLP of an attention layer, in embedding widths (kind `attention` alone)."""
     pieces: int = 1
@@ -41,6 +41,9 @@ class ProjectionSettings:
     """Deal out the tokens that were read evenly, in order, over the memory tokens of a page, in place of each memory
     token having those that begin in its own pixels, one here and four there; with `read_tokens` and `merge`. A memory
     token keeps one more than it has pieces, each through a matrix of its own, and covers other text than its pixels."""
+    text_layers: int = 0
+    """Attention layers over the text tokens of a page that were read, before they become memory tokens; with
+    `read_tokens`. A trained rival, which reads none, has so many more in `num_layers`."""
     num_heads: int = 8
     """Heads of each attention layer; must divide the LLM's embedding width (kind `attention` alone)."""
 
@@ -57,10 +60,12 @@ class ProjectionSettings:
             raise ConfigError("projection deal_tokens=true needs read_tokens of 1 or more, and merge=true.")
         if self.read_tokens and self.kind != "attention":
             raise ConfigError(f"projection read_tokens={self.read_tokens} needs kind 'attention'.")
-        for name in ("merged_layers", "read_tokens"):
+        if self.text_layers and not self.read_tokens:
+            raise ConfigError(f"projection text_layers={self.text_layers} needs read_tokens of 1 or more.")
+        for name in ("num_layers", "text_layers", "merged_layers", "read_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"projection setting {name}={getattr(self, name)}: expected 0 or more.")
-        for name in ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "pieces"):
+        for name in ("hidden_size", "num_heads", "mlp_ratio", "pieces"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"projection setting {name}={value}: expected 1 or more.")

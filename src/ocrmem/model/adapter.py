@@ -32,6 +32,7 @@ from ocrmem.model.stored_matrices import form
 
 if TYPE_CHECKING:
     from ocrmem.model.mem_model import MEMModel
+    from ocrmem.model.projection import Projection
 
 log = logging.getLogger(__name__)
 
@@ -236,15 +237,21 @@ def load_projection(
         put(model.proj, found)
 
 
-def _begun(proj: nn.Module, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of what a smaller projection's file has none of: zeros where they add something, of a reader as they
-    are."""
+def _begun(proj: Projection, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of what a smaller projection's file has none of, such that the projection begins as that one: of further
+    pieces zeros, or where tokens are dealt out, what the file's last one has; of further layers after reading what adds
+    to their input zeros; the rest as it is."""
     own, begun = proj.state_dict(), {}
     if "merge.0.weight" in found:
         pieces = sum(key.startswith("merge.") for key in found)
-        begun = {key: torch.zeros(v.shape) for key, v in own.items() if _merge_number(key) >= pieces}
-    if not any(key.startswith("reader.") for key in found):
-        begun |= {key: value.detach().cpu().clone() for key, value in own.items() if key.startswith("reader.")}
+        last = found[max((key for key in found if key.startswith("merge.")), key=_merge_number)]
+        more = last if proj.deal_tokens else torch.zeros(last.shape)
+        begun = {key: more.clone() for key in own if _merge_number(key) >= pieces}
+    for key, value in own.items():
+        part, *inner = key.split(".")
+        if part in ("text", "merged") or (part == "reader" and not any(k.startswith("reader.") for k in found)):
+            adds = len(inner) > 2 and inner[2] in ("out", "mlp2")
+            begun[key] = torch.zeros(value.shape) if adds else value.detach().cpu().clone()
     return begun
 
 

@@ -1,16 +1,17 @@
 """The projection: the only part that learns.
 
 ```
-features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D ─┬──────────────────────┬─┬──────────────────────────┬─▶
-                                                       └─▶ attention over them ┘ └─▶ read, cut into tokens ─┘
-             ─▶ merge ─┬──────────────────────┬─▶ RMS of text ─▶ memory_PVD
-                       └─▶ attention over them ┘
+features_PVE ─▶ pieces ─▶ Linear ─▶ GELU ─▶ Linear →D [─▶ attention over pieces] ─┐
+┌─────────────────────────────────────────────────────────────────────────────────┘
+├─▶ letters ─▶ tokens ─▶ embeddings [─▶ attention over tokens] ─┐
+└───────────────────────────────────────────────────────────────┴─▶ merge [─▶ attention] ─▶ RMS of text ─▶ memory_PVD
 ```
 
 With `merge`, a memory token is the sum of its pieces, each through a matrix of its own: the last starts as it is and
 the others at zero, so that a projection of more pieces begins as one of fewer. Without it, the last stands for all.
 With `read_tokens`, the pieces' letters are read, and the embeddings of the LLM's tokens for that text stand in the
-place of the pieces, and nothing else of these goes on; with `deal_tokens` they are dealt out evenly over a page.
+place of the pieces, and nothing else of these goes on; with `deal_tokens` they are dealt out evenly over a page, and
+merged by matrices that all start as they are, for their sum.
 
 Its weights are always float32, whatever type the LLM has: in bfloat16 AdamW at a learning rate of 1e-5 would move
 2% of the weights a step and learn almost nothing. Its output has the RMS of the LLM's embeddings, so that memory
@@ -31,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocrmem.config.projection import ProjectionSettings
 from ocrmem.errors import ConfigError, SpliceError
-from ocrmem.model.reader import PageReader, dealt_evenly
+from ocrmem.model.reader import PageReader, dealt_evenly, in_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,7 +80,7 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.feature_width = feature_width
-        self.deal_tokens, self.pieces = settings.deal_tokens, settings.pieces
+        self.read_tokens, self.deal_tokens, self.pieces = settings.read_tokens, settings.deal_tokens, settings.pieces
         hidden_size = settings.hidden_size or embedding_width
         if feature_width % settings.pieces:
             raise ConfigError(
@@ -89,14 +90,14 @@ class Projection(nn.Module):
         self.piece_width = feature_width // settings.pieces
         self.linear1 = nn.Linear(self.piece_width, hidden_size, dtype=torch.float32)
         self.linear2 = nn.Linear(hidden_size, embedding_width, dtype=torch.float32)
-        self.attention: PageAttention | None = None
-        if settings.kind == "attention":
-            self.attention = PageAttention(
-                embedding_width,
-                num_layers=settings.num_layers,
-                num_heads=settings.num_heads,
-                mlp_ratio=settings.mlp_ratio,
-            )
+
+        def attention(num_layers: int) -> PageAttention | None:
+            if settings.kind != "attention" or not num_layers:
+                return None
+            ratio = settings.mlp_ratio
+            return PageAttention(embedding_width, num_layers=num_layers, num_heads=settings.num_heads, mlp_ratio=ratio)
+
+        self.attention = attention(settings.num_layers)
         self.reader: PageReader | None = None
         if settings.read_tokens:
             if embeddings_CD is None or not embeddings_CD.numel():
@@ -105,22 +106,16 @@ class Projection(nn.Module):
                     "got none. Where DeepSpeed's ZeRO-3 shares out weights while they are loaded, load the LLM "
                     "without it."
                 )
-            self.reader = PageReader(embeddings_CD, read_tokens=settings.read_tokens, tokenizer=tokenizer)
+            self.reader = PageReader(embeddings_CD, tokenizer=tokenizer)
+        self.text = attention(settings.text_layers)
         matrices = [
             nn.Linear(embedding_width, embedding_width, bias=False, dtype=torch.float32)
             for _ in range(settings.merge * (settings.pieces + SPARE_TOKENS * settings.deal_tokens))
         ]
         for number, matrix in enumerate(matrices):
-            (nn.init.zeros_ if number else nn.init.eye_)(matrix.weight)
+            (nn.init.zeros_ if number and not settings.deal_tokens else nn.init.eye_)(matrix.weight)
         self.merge = nn.ModuleList(matrices)
-        self.merged: PageAttention | None = None
-        if settings.merged_layers:
-            self.merged = PageAttention(
-                embedding_width,
-                num_layers=settings.merged_layers,
-                num_heads=settings.num_heads,
-                mlp_ratio=settings.mlp_ratio,
-            )
+        self.merged = attention(settings.merged_layers)
         self.gain_D = nn.Parameter(torch.ones(embedding_width, dtype=torch.float32)) if settings.gain else None
         self.register_buffer("embedding_rms", torch.tensor(embedding_rms, dtype=torch.float32))
 
@@ -169,13 +164,9 @@ class Projection(nn.Module):
                 if token_ids_PVT is None:
                     assert pieces_PVD is not None
                     token_ids_PVT = self.reader.read(pieces_PVD, used_P)
-                read_PVRD, present_PVR = self.reader(token_ids_PVT, used_P)
-                if self.deal_tokens:
-                    memory_PVD = self._dealt(read_PVRD, present_PVR, pieces, page_num_tokens_P)
-                else:
-                    memory_PVD = self._merged(read_PVRD.sum(dim=2), pieces)
+                memory_PVD = self._of_text(token_ids_PVT, pieces, page_num_tokens_P)
             if self.merged is not None:
-                memory_PVD = self.merged(memory_PVD, page_num_tokens_P)
+                memory_PVD = self.merged(memory_PVD, in_use(memory_PVD, page_num_tokens_P))
         normed_PVD = F.rms_norm(memory_PVD.float(), memory_PVD.shape[-1:], eps=1e-6) * self.embedding_rms
         memory_PVD = normed_PVD if self.gain_D is None else normed_PVD * self.gain_D
         return memory_PVD if letters_PVL is None else (memory_PVD, reading_loss)
@@ -185,7 +176,7 @@ class Projection(nn.Module):
         cut = features_PVE.to(self.compute_dtype or torch.float32)
         cut = cut.reshape(cut.shape[0], cut.shape[1] * pieces, self.piece_width)
         pieces_PVD = self.linear2(F.gelu(self.linear1(cut)))
-        return pieces_PVD if self.attention is None else self.attention(pieces_PVD, used_P)
+        return pieces_PVD if self.attention is None else self.attention(pieces_PVD, in_use(pieces_PVD, used_P))
 
     def reading_parameters(self) -> list[nn.Parameter]:
         """Those that learn from the letters of pages alone: the memory's gradient does not reach them."""
@@ -239,26 +230,31 @@ class Projection(nn.Module):
         last_first = [pieces_PVD[:, pieces - 1 - number :: pieces] for number in range(pieces)]
         return torch.stack([matrix(x) for matrix, x in zip(self.merge, last_first, strict=False)]).sum(dim=0)
 
-    def _dealt(
-        self,
-        read_PVRD: torch.Tensor,
-        present_PVR: torch.Tensor,
-        pieces: int,
-        page_num_tokens_P: torch.Tensor | None,
+    def _of_text(
+        self, token_ids_PVT: torch.Tensor, pieces: int, page_num_tokens_P: torch.Tensor | None
     ) -> torch.Tensor:
-        """Memory tokens of text tokens, by `ProjectionSettings.deal_tokens`; the first matrix is that of the last text
-        token of a memory token."""
-        pages, count, readings, _ = read_PVRD.shape
-        self._check_pieces(pieces + SPARE_TOKENS, pieces)
-        slots = count // pieces
+        """Memory tokens of text tokens, before `merged`: each piece's, or dealt out by
+        `ProjectionSettings.deal_tokens`. Of dealt ones the first matrix is that of the last of a memory token."""
+        assert self.reader is not None
+        slots = token_ids_PVT.shape[1] // pieces
         used_P = page_num_tokens_P
         if used_P is None:
-            used_P = present_PVR.new_full((pages,), slots, dtype=torch.int64)
-        piece_M = torch.arange(count * readings, device=present_PVR.device) // readings
-        present_PM = present_PVR.flatten(1) & (piece_M < used_P[:, None] * pieces)
-        dealt_PVKD = dealt_evenly(read_PVRD.flatten(1, 2), present_PM, used_P, (slots, pieces + SPARE_TOKENS))
-        tokens = zip(self.merge, dealt_PVKD.unbind(dim=2), strict=False)
-        return torch.stack([matrix(read_PVD) for matrix, read_PVD in tokens]).sum(dim=0)
+            used_P = token_ids_PVT.new_full((len(token_ids_PVT),), slots)
+        ids_PVK = token_ids_PVT[..., : self.read_tokens].long()
+        ids_PVK = ids_PVK.where(in_use(ids_PVK, used_P * pieces)[..., None], -1)
+        if self.deal_tokens:
+            self._check_pieces(pieces + SPARE_TOKENS, pieces)
+            ids_PVK = dealt_evenly(ids_PVK.flatten(1), used_P, (slots, pieces + SPARE_TOKENS))
+        read_PVKD, present_PVK = self.reader(ids_PVK)
+        if self.text is not None:
+            present_PN = present_PVK.flatten(1)
+            numbers_PN = present_PN.cumsum(dim=1)  # of each token on its page
+            text_PND = self.text(read_PVKD.flatten(1, 2), present_PN, numbers_PN)
+            read_PVKD = text_PND.unflatten(1, present_PVK.shape[1:]) * present_PVK[..., None]
+        if not self.deal_tokens:
+            return self._merged(read_PVKD.sum(dim=2), pieces)
+        last_first = zip(self.merge, reversed(read_PVKD.unbind(dim=2)), strict=False)
+        return torch.stack([matrix(read_PVD) for matrix, read_PVD in last_first]).sum(dim=0)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to()`, `.half()`, `.cuda()`… move the projection, but never out of float32."""
@@ -285,17 +281,23 @@ class PageAttention(nn.Module):
         self.head_width = width // num_heads
         self.layers = nn.ModuleList(PageAttentionLayer(width, num_heads, mlp_ratio) for _ in range(num_layers))
 
-    def forward(self, memory_PVD: torch.Tensor, page_num_tokens_P: torch.Tensor | None) -> torch.Tensor:
-        """memory_PVD in, memory_PVD out; unused tokens are masked as keys."""
-        positions_V = torch.arange(memory_PVD.shape[1], device=memory_PVD.device)
-        mask_P11V = None
-        if page_num_tokens_P is not None:
-            # A page without any token in use would have no key at all and give NaN: let it see its first.
-            mask_P11V = (positions_V < page_num_tokens_P.clamp(min=1)[:, None])[:, None, None, :]
-        rotary_2VH = rotary(positions_V, self.head_width).to(memory_PVD.dtype)
+    def forward(
+        self, hidden_PVD: torch.Tensor, used_PV: torch.Tensor, positions_PV: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """hidden_PVD in, hidden_PVD out.
+
+        Args:
+            used_PV: bool, the tokens that there are; the others are masked as keys.
+            positions_PV: for the rotary angles; None: their places on the page.
+        """
+        place_V = torch.arange(hidden_PVD.shape[1], device=hidden_PVD.device)
+        # A page without any token in use would have no key at all and give NaN: let it see its first.
+        mask_PV = used_PV | ((place_V == 0) & ~used_PV.any(dim=1, keepdim=True))
+        rotary_2PVH = rotary(place_V[None] if positions_PV is None else positions_PV, self.head_width)
+        rotary_2P1VH = rotary_2PVH[:, :, None].to(hidden_PVD.dtype)
         for layer in self.layers:
-            memory_PVD = layer(memory_PVD, mask_P11V, rotary_2VH)
-        return memory_PVD
+            hidden_PVD = layer(hidden_PVD, mask_PV[:, None, None, :], rotary_2P1VH)
+        return hidden_PVD
 
 
 class PageAttentionLayer(nn.Module):
@@ -311,14 +313,12 @@ class PageAttentionLayer(nn.Module):
         self.mlp1 = nn.Linear(width, mlp_ratio * width)
         self.mlp2 = nn.Linear(mlp_ratio * width, width)
 
-    def forward(
-        self, hidden_PVD: torch.Tensor, mask_P11V: torch.Tensor | None, rotary_2VH: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, hidden_PVD: torch.Tensor, mask_P11V: torch.Tensor, rotary_2P1VH: torch.Tensor) -> torch.Tensor:
         """hidden_PVD in, hidden_PVD out."""
         pages, tokens, width = hidden_PVD.shape
         qkv = self.qkv(self.norm1(hidden_PVD)).view(pages, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        query, key = turned(query, rotary_2VH), turned(key, rotary_2VH)
+        query, key = turned(query, rotary_2P1VH), turned(key, rotary_2P1VH)
         with sdpa_kernel(KERNELS):
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_P11V)
         hidden_PVD = hidden_PVD + self.out(attended.transpose(1, 2).reshape(pages, tokens, width))
@@ -343,14 +343,15 @@ def compile_projection(proj: Projection, **options: Any) -> None:
             module.forward = types.MethodType(forward, module)  # a method, so that a copy's is the copy's own
 
 
-def rotary(positions_V: torch.Tensor, width: int) -> torch.Tensor:
-    """Cosine and sine of the rotary angles, float32 [2, V, width]."""
-    frequencies = ROTARY_BASE ** (-torch.arange(0, width, 2, device=positions_V.device) / width)
-    angles = (positions_V[:, None] * frequencies).repeat(1, 2)
+def rotary(positions_PV: torch.Tensor, width: int) -> torch.Tensor:
+    """Cosine and sine of the rotary angles, float32 [2, P, V, width]."""
+    frequencies = ROTARY_BASE ** (-torch.arange(0, width, 2, device=positions_PV.device) / width)
+    angles = (positions_PV[..., None] * frequencies).repeat(1, 1, 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def turned(heads: torch.Tensor, rotary_2VH: torch.Tensor) -> torch.Tensor:
+def turned(heads: torch.Tensor, rotary_2P1VH: torch.Tensor) -> torch.Tensor:
     """Queries or keys [P, heads, V, H] turned by their positions."""
+    cosine, sine = rotary_2P1VH.to(heads.dtype)
     first, second = heads.chunk(2, dim=-1)
-    return heads * rotary_2VH[0].to(heads.dtype) + torch.cat([-second, first], dim=-1) * rotary_2VH[1].to(heads.dtype)
+    return heads * cosine + torch.cat([-second, first], dim=-1) * sine

@@ -92,23 +92,20 @@ def cut_pages(letters_PVL: np.ndarray, cutter: Tokenizer) -> np.ndarray:
 
 
 class PageReader(nn.Module):
-    """Reads the letters of pieces, and gives the embeddings of the text tokens that begin within each.
+    """Reads the letters of pieces, which text tokens they are, and gives the embeddings of those.
 
     Args:
         embeddings_CD: the LLM's input embeddings, frozen; kept in float32, and no part of an adapter. What is given of
             them is scaled to a root mean square of 1.
-        read_tokens: most tokens that are given of a piece, in the order of the text.
         tokenizer: the LLM's, a fast one; no part of an adapter. None: nothing can be read.
     """
 
     embeddings_CD: torch.Tensor
 
-    def __init__(
-        self, embeddings_CD: torch.Tensor, *, read_tokens: int, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> None:
+    def __init__(self, embeddings_CD: torch.Tensor, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
         width = embeddings_CD.shape[1]
-        self.read_tokens, self.tokenizer = read_tokens, tokenizer
+        self.tokenizer = tokenizer
         self._cutter: Tokenizer | None = None
         self.letters = nn.Linear(width, LETTERS * len(_LETTER_OF), dtype=torch.float32)
         self.value = nn.Linear(width, width, bias=False, dtype=torch.float32)
@@ -117,21 +114,18 @@ class PageReader(nn.Module):
         self.scale = 1.0 if table.is_meta else float(table.square().mean().rsqrt())
         self.register_buffer("embeddings_CD", table, persistent=False)
 
-    def forward(self, token_ids_PVT: torch.Tensor, used_P: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    def forward(self, token_ids_PVK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of text tokens.
 
         Args:
-            token_ids_PVT: those that begin within each piece, in order, then -1; what is beyond `read_tokens` of a
-                piece is left out.
-            used_P: pieces in use on each page; None: all.
+            token_ids_PVK: int64, -1 where there is no token.
 
         Returns:
-            The embeddings [P, V, tokens, D], zeros where there is no token, and bool [P, V, tokens]: where there is.
+            The embeddings [P, V, K, D], zeros where there is no token, and bool [P, V, K]: where there is.
         """
-        ids_PVR = token_ids_PVT[..., : self.read_tokens].long()
-        present_PVR = (ids_PVR >= 0) & _used(ids_PVR, used_P)[..., None]
-        read_PVRD = self.value(self.embeddings_CD[ids_PVR.clamp(min=0)] * self.scale)
-        return read_PVRD * present_PVR[..., None], present_PVR
+        present_PVK = token_ids_PVK >= 0
+        read_PVKD = self.value(self.embeddings_CD[token_ids_PVK.clamp(min=0)] * self.scale)
+        return read_PVKD * present_PVK[..., None], present_PVK
 
     def logits(self, pieces_PVD: torch.Tensor) -> torch.Tensor:
         """Of each letter of each piece, float32 [P, V, `LETTERS`, letters]; the first are `NONE` and `OTHER`."""
@@ -144,7 +138,7 @@ class PageReader(nn.Module):
         Args:
             letters_PVL: what there is to read, by `letter_codes`; `NONE` beyond a piece's last letter.
         """
-        used_PV = _used(pieces_PVD, used_P)
+        used_PV = in_use(pieces_PVD, used_P)
         losses = F.cross_entropy(
             self.logits(pieces_PVD).flatten(0, 2), letters_PVL.long().flatten(), reduction="none"
         ).unflatten(0, letters_PVL.shape)
@@ -159,44 +153,43 @@ class PageReader(nn.Module):
         """
         if self._cutter is None:
             self._cutter = page_cutter(self.tokenizer)
-        letters_PVL = self.logits(pieces_PVD).argmax(dim=-1) * _used(pieces_PVD, used_P)[..., None]
+        letters_PVL = self.logits(pieces_PVD).argmax(dim=-1) * in_use(pieces_PVD, used_P)[..., None]
         return torch.from_numpy(cut_pages(letters_PVL.cpu().numpy(), self._cutter)).to(pieces_PVD.device)
 
 
-def _used(pieces_PV: torch.Tensor, used_P: torch.Tensor | None) -> torch.Tensor:
-    """bool [P, V]: which pieces of each page are in use."""
-    pages, pieces = pieces_PV.shape[:2]
+def in_use(pages_PV: torch.Tensor, used_P: torch.Tensor | None) -> torch.Tensor:
+    """bool [P, V]: which tokens, or pieces, of each page are in use; `pages_PV` gives the shape and the device."""
+    pages, tokens = pages_PV.shape[:2]
     if used_P is None:
-        return torch.ones(pages, pieces, dtype=torch.bool, device=pieces_PV.device)
-    return torch.arange(pieces, device=pieces_PV.device) < used_P[:, None]
+        return torch.ones(pages, tokens, dtype=torch.bool, device=pages_PV.device)
+    return torch.arange(tokens, device=pages_PV.device) < used_P[:, None]
 
 
-def dealt_evenly(
-    states_PMD: torch.Tensor, present_PM: torch.Tensor, slots_P: torch.Tensor, size: tuple[int, int]
-) -> torch.Tensor:
+def dealt_evenly(token_ids_PM: torch.Tensor, slots_P: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Text tokens of a page, found among its pieces' places for them, dealt out evenly and in order over its memory
     tokens.
 
     Token c of T goes to memory token ⌊c × slots / T⌋, as `training.packing.token_slots` deals those of a rival.
 
     Args:
-        states_PMD: a state for each of the M places of each page.
-        present_PM: which of them have a token.
+        token_ids_PM: int64, a text token for each of the M places of each page, -1 where there is none.
         slots_P: memory tokens in use of each page.
         size: memory tokens of a page V, and K tokens of one that are kept.
 
     Returns:
-        [P, V, K, D]: the states of each memory token's last K tokens, the last one first; zeros where it has fewer.
+        int64 [P, V, K]: each memory token's last K tokens in the order of the text, the last one at the end; -1 before
+        them where it has fewer.
     """
     slots, kept = size
+    present_PM = token_ids_PM >= 0
     order_PM = present_PM.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     total_P1 = present_PM.sum(dim=1, keepdim=True)
     used_P1 = slots_P[:, None].clamp(min=1)
-    edges = torch.arange(slots + 1, device=states_PMD.device)
+    edges = torch.arange(slots + 1, device=token_ids_PM.device)
     begins_PV = torch.minimum((edges * total_P1 + used_P1 - 1) // used_P1, total_P1)  # and past the last one
-    back_K = torch.arange(kept, device=states_PMD.device)
-    number_PVK = begins_PV[:, 1:, None] - 1 - back_K
+    back_K = torch.arange(kept, 0, -1, device=token_ids_PM.device)
+    number_PVK = begins_PV[:, 1:, None] - back_K
     found_PVK = number_PVK >= begins_PV[:, :-1, None]
     place_PN = order_PM.gather(1, number_PVK.clamp(min=0).flatten(1))
-    states_PND = states_PMD.gather(1, place_PN[..., None].expand(-1, -1, states_PMD.shape[2]))
-    return states_PND.unflatten(1, (slots, kept)) * found_PVK[..., None]
+    dealt_PVK = token_ids_PM.gather(1, place_PN).unflatten(1, (slots, kept))
+    return dealt_PVK.where(found_PVK, -1)

@@ -72,6 +72,7 @@ class RivalEncoder(OCREncoder):
 
 def rival_projection(settings: ProjectionSettings, record: RivalRecord) -> ProjectionSettings:
     """Settings of a rival's projection, given those of the memory's. It is given the LLM's embeddings, and has none to
-    read."""
-    settings = dataclasses.replace(settings, read_tokens=0, deal_tokens=False)
+    read; its layers are as many."""
+    layers = settings.num_layers + settings.text_layers
+    settings = dataclasses.replace(settings, read_tokens=0, deal_tokens=False, num_layers=layers, text_layers=0)
     return dataclasses.replace(settings, pieces=1, merge=False) if record.kind == "mean-pooling" else settings
