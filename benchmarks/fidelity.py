@@ -42,7 +42,13 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no-gain": ("projection.gain=false",),
     "no-merge": ("projection.merge=false", "projection.deal_tokens=false"),
     "no-dealing": ("projection.deal_tokens=false",),
-    "no-reading": ("projection.read_tokens=0", "projection.deal_tokens=false"),
+    "no-text-layers": ("projection.text_layers=0",),
+    "no-reading": (
+        "projection.read_tokens=0",
+        "projection.deal_tokens=false",
+        "projection.text_layers=0",
+        "projection.num_layers=2",
+    ),
     "no-merged-layers": ("projection.merged_layers=0",),
     "adamw": ("optimizer=null", "training.learning_rate=1.0e-3"),
 }

@@ -25,7 +25,7 @@ from ocrmem.training.build import training_arguments
 from ocrmem.training.build_objectives import samplers
 from ocrmem.training.objectives import FORWARD_KEYS, distillation_loss, text_features, varying_share
 from ocrmem.training.optimizer import MuonAdamW
-from ocrmem.training.packing import PackedRows, fill, pack, token_slots
+from ocrmem.training.packing import LEAST_REST, PackedRows, fill, pack, token_slots
 from ocrmem.training.run import train
 from ocrmem.training.tasks import TaskSampler
 from ocrmem.types import Message
@@ -282,6 +282,32 @@ def test_a_row_whose_placeholders_are_not_its_memory_is_refused(sampler):
 def test_a_sample_that_is_too_long_is_named(sampler):
     with pytest.raises(ConfigError, match="packed_length=20 is too short: the last sample drawn has"):
         fill(lambda: sampler.sample(np.random.default_rng(0), Stage(steps=1, max_units=1)), 20)
+
+
+def test_a_row_is_filled_whatever_the_teacher_has_room_for(sampler):
+    """Samples beyond its row are not distilled; a row of 4,096 positions has one of 2,048 for the teacher."""
+    rng = np.random.default_rng(0)
+    stage = Stage(steps=1, max_units=1, tasks={"continuation": 1})
+
+    def draw():
+        sample = sampler.sample(rng, stage)
+        long = np.zeros(900, dtype=np.int64)
+        return dataclasses.replace(sample, teacher_ids_T=long, teacher_labelled_T=long == 1)
+
+    samples = fill(draw, 4096)
+    assert 4096 - sum(len(sample.input_ids_T) for sample in samples) < 512
+    assert [sample.teacher_ids_T is not None for sample in samples] == [True] * 2 + [False] * (len(samples) - 2)
+    assert len(samples) > 4
+
+
+def test_what_is_left_of_a_row_is_no_longer_than_its_samples(sampler):
+    sample = sampler.sample(np.random.default_rng(0), Stage(steps=1, max_units=1))
+    row = pack([sample], sampler.bank, length=4096, pad_token_id=0, memory_token_id=sampler.memory_token_id)
+    lengths = row["cu_seq_lens_q"].diff()
+    assert lengths[0] == len(sample.input_ids_T)
+    assert lengths.sum() == 4096
+    assert row["max_length_q"] == lengths.max() == max(LEAST_REST, len(sample.input_ids_T))
+    assert torch.equal(row["position_ids"][0, lengths[0] :][:300], torch.arange(300) % int(lengths[1]))
 
 
 def test_tasks_that_the_corpora_cannot_give_are_named(bank, frame):

@@ -36,6 +36,9 @@ ONE_POSITION = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
 TEACHER_LENGTH = (4, 2048)
 """The teacher's row has a fourth of the positions of the student's, but no fewer than 2,048 where those have as many:
 few samples are distilled, and what is left of a row of one fixed shape is run for nothing."""
+LEAST_REST = 256
+"""What is left of a row is cut into samples without labels, of so many positions or those of its longest sample: the
+time of attention over a row goes up with its longest."""
 
 
 class PackedRows(Dataset[dict[str, Any]]):
@@ -165,23 +168,28 @@ def teacher_length(length: int) -> int:
 
 
 def fill(draw: Callable[[], Sample], length: int) -> list[Sample]:
-    """Samples whose positions fit into `length`, and those of the teacher's samples into its row."""
+    """Samples whose positions fit into `length`; those whose full text does not fit into what is left of the teacher's
+    row are not distilled."""
     samples: list[Sample] = []
-    most = teacher_length(length)
-    used = teacher_used = failed = size = teacher = 0
+    left, teacher_left = length, teacher_length(length)
+    failed = size = 0
     while failed < TOO_LONG:
         sample = draw()
         size = len(sample.input_ids_T)
-        teacher = 0 if sample.teacher_ids_T is None else len(sample.teacher_ids_T)
-        if used + size > length or teacher_used + teacher > most:
+        if size > left:
             failed += 1
             continue
+        left -= size
+        teacher = 0 if sample.teacher_ids_T is None else len(sample.teacher_ids_T)
+        if teacher > teacher_left:
+            sample = dataclasses.replace(sample, teacher_ids_T=None, teacher_labelled_T=None)
+        else:
+            teacher_left -= teacher
         samples.append(sample)
-        used, teacher_used = used + size, teacher_used + teacher
     if not samples:
         raise ConfigError(
-            f"objectives.packed_length={length} is too short: the last sample drawn has {size} positions, and "
-            f"{teacher} of at most {most} with its text for the teacher. Raise it, or lower max_units of the stages."
+            f"objectives.packed_length={length} is too short: the last sample drawn has {size} positions. Raise it, or "
+            "lower max_units of the stages."
         )
     return samples
 
@@ -328,9 +336,11 @@ def _row(
         label_ids[begin:end][labelled_T] = ids_T[labelled_T]
         positions[begin:end] = positions_after(torch.from_numpy(ids_T == memory_token_id), position_stride).numpy()
         edges.append(end)
-    if edges[-1] < length:  # what is left over is a sample of its own, without labels
-        positions[edges[-1] :] = np.arange(length - edges[-1])
-        edges.append(length)
+    rest = max(LEAST_REST, *np.diff(edges).tolist())
+    while edges[-1] < length:
+        begin, end = edges[-1], min(length, edges[-1] + rest)
+        positions[begin:end] = np.arange(end - begin)
+        edges.append(end)
     return {
         "input_ids": torch.from_numpy(input_ids)[None],
         "labels": torch.from_numpy(label_ids)[None],
