@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from torch import nn
-from zoo_parts import CASES, TOKENS, Composite, InPlace, batch, subject, tiny_llm
+from zoo_parts import CASES, TOKENS, Composite, InPlace, Projection, batch, subject, tiny_llm
 
 from ocrmem.errors import ProbeError
 from ocrmem.gradflow import explain, verify_gradient_flow
@@ -205,6 +205,36 @@ def test_one_memory_token_is_changed_where_it_cannot_be_permuted():
     memory = subject(Model()).examine().memory
     assert not memory.permuted
     assert memory.loss_change != 0
+
+
+class WithOwnLoss(Projection):
+    """Returns None and a loss where it is asked for its own loss alone."""
+
+    def forward(self, features, own=False):
+        memory = super().forward(features)
+        return (None, memory.square().mean()) if own else memory
+
+
+def test_a_loss_of_the_projections_own_is_no_memory():
+    class Model(Composite):
+        def __init__(self):
+            super().__init__()
+            self.proj = WithOwnLoss()
+
+        def project(self, features):
+            self.own_loss = self.proj(features, own=True)[1]
+            return super().project(features)
+
+        def predict(self, *args):
+            outputs = super().predict(*args)
+            outputs.loss = outputs.loss + self.own_loss
+            return outputs
+
+    report = subject(Model()).examine()
+    alone = subject(Composite()).examine().memory
+    assert report.memory.num_tokens == alone.num_tokens
+    assert report.memory.loss_change != 0
+    assert explain(report).healthy
 
 
 def test_positional_and_single_batches():

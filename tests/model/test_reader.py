@@ -278,12 +278,13 @@ def test_other_pages_are_read_beside_those_of_the_memory():
     features = model.ocr_embed(batch.pop("pages"))
     text = text_of(model, features)
     counts = torch.tensor([2])
-    others = {"features": features.flip(0)[:1], "page_num_tokens": counts, **{k: v[:1] for k, v in text.items()}}
+    letters = text["memory_letters"][:1]
+    others = {"features": features.flip(0)[:1], "page_num_tokens": counts, "memory_letters": letters}
     outputs = model(**batch, memory_token_ids=text["memory_token_ids"], reading=others)
     alone = model(**batch, memory_token_ids=text["memory_token_ids"])
     torch.testing.assert_close(outputs.loss, alone.loss)
     pieces_PVD = model.proj._seen(others["features"], 1, counts)
-    expected = model.proj.reader.loss(pieces_PVD, counts, others["memory_letters"])
+    expected = model.proj.reader.loss(pieces_PVD, counts, letters)
     torch.testing.assert_close(outputs.reading_loss, expected)
     (outputs.loss + outputs.reading_loss).backward()
     assert all(parameter.grad is not None for parameter in model.proj.parameters())

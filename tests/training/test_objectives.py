@@ -168,11 +168,11 @@ def test_pages_of_their_own_are_read_beside_the_llms(bank, frame):
     assert "reading" in rows.checked_row()
     row = rows[2]
     assert 300 <= int(row["reading"]["page_num_tokens"].sum()) < 300 + 4 * by_pieces[4].bank.tokens_per_unit
-    for part in (row, row["reading"]):
-        shape = len(part["units"]), part["units"].shape[1] * bank.tokens_per_unit
-        assert part["memory_token_ids"].shape[:2] == shape
-    assert row["reading"]["memory_letters"].shape == (*shape, LETTERS)
+    shapes = [(len(p["units"]), p["units"].shape[1] * bank.tokens_per_unit) for p in (row, row["reading"])]
+    assert row["memory_token_ids"].shape[:2] == shapes[0]
+    assert row["reading"]["memory_letters"].shape == (*shapes[1], LETTERS)
     assert "memory_letters" not in row
+    assert "memory_token_ids" not in row["reading"]  # no memory is made of them
     assert not torch.equal(row["reading"]["units"], row["units"])
     assert not torch.equal(row["reading"]["units"], rows[3]["reading"]["units"])
     alone = dataclasses.replace(settings, reading_tokens=0)

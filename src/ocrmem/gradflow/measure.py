@@ -141,16 +141,17 @@ def memory_facts(target: Target, recorder: Recorder, again: SecondPass) -> Memor
     if not target.roots:
         return None
     outputs = memory_outputs(target, recorder)
+    tokens = [output for output in outputs if output.dim()]  # and no loss
     rms = embedding_rms = None
-    if outputs and outputs[0].numel() and not outputs[0].is_meta:
-        rms = float(outputs[0].float().square().mean().sqrt())
-        square_mean = recorder.log.embedding_square_means.get(outputs[0].shape[-1])
+    if tokens and tokens[0].numel() and not tokens[0].is_meta:
+        rms = float(tokens[0].float().square().mean().sqrt())
+        square_mean = recorder.log.embedding_square_means.get(tokens[0].shape[-1])
         embedding_rms = None if square_mean is None else float(square_mean.sqrt())
     return MemoryFacts(
         module=", ".join(target.roots),
         calls=len(outputs),
         calls_again=again.calls,
-        num_tokens=sum(output.shape[:-1].numel() for output in outputs),
+        num_tokens=sum(output.shape[:-1].numel() for output in tokens),
         rms=rms,
         embedding_rms=embedding_rms,
         loss_change=again.loss_change,

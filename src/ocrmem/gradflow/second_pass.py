@@ -43,8 +43,8 @@ def disturb(
 
     With grad mode as in the first pass, so that the model takes the same branches; there is no backward.
     """
-    memory = [output for path, output in recorder.log.memory if path in target.roots]
-    if not target.roots or not memory or memory[0].dim() < 2:
+    memory = [output for path, output in recorder.log.memory if path in target.roots and output.dim() >= 2]
+    if not target.roots or not memory:
         return SecondPass()
     permuted = any(not torch.equal(_permute(output), output) for output in memory)
     host = recorder.log.host
@@ -99,8 +99,8 @@ def _first_row(tokens: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _disturbed(target: Target, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[_Seen]:
-    """Change the first tensor of every trainable module's output, and note the last `inputs_embeds`
-    passed."""
+    """Change the first tensor of every trainable module's output, unless it is no tokens, as a loss of its own is not,
+    and note the last `inputs_embeds` passed."""
     seen = _Seen()
     roots = set(target.roots.values())
 
@@ -111,7 +111,7 @@ def _disturbed(target: Target, change: Callable[[torch.Tensor], torch.Tensor]) -
             return None
         seen.calls += 1
         first = next(tensors_in(output), None)
-        if first is None:
+        if first is None or first.dim() < 2:
             return None
         if isinstance(output, torch.Tensor):
             return change(output)

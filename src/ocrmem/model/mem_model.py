@@ -192,7 +192,7 @@ class MEMModel(PreTrainedModel):
             memory_token_ids: [P, V × pieces, T], the text tokens that begin within each piece, then -1; with
                 `projection.read_tokens`, the memory is made of them, and needs no `features`.
             memory_letters: [P, V × pieces, `reader.LETTERS`], what there is to read of each piece, for `reading_loss`.
-            reading: `features`, `page_num_tokens`, `memory_token_ids` and `memory_letters` of other pages, read in the
+            reading: `features`, `page_num_tokens` and `memory_letters` of other pages, read in the
                 place of these.
             position_ids: int64 [B, S]; in a packed row they start anew with every sample. None: `positions` gives them;
                 with `past_key_values` that hold something, give them where a memory token takes several.
@@ -226,8 +226,8 @@ class MEMModel(PreTrainedModel):
             projected = self.proj(features, page_num_tokens, **text)
             memory_PVD, reading_loss = (projected, None) if memory_letters is None else projected
             if reading is not None:
-                text = {"token_ids_PVT": reading["memory_token_ids"], "letters_PVL": reading["memory_letters"]}
-                _, reading_loss = self.proj(reading["features"], reading["page_num_tokens"], **text)
+                counts, letters_PVL = reading["page_num_tokens"], reading["memory_letters"]
+                _, reading_loss = self.proj(reading["features"], counts, letters_PVL=letters_PVL)
             if memory_targets is not None:
                 return MEMOutput(loss=target_loss(memory_PVD, memory_targets), reading_loss=reading_loss)
         embeds_BSD = self.embed(

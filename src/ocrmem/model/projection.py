@@ -140,7 +140,8 @@ class Projection(nn.Module):
 
         Returns:
             memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms` times its gain; with
-            `letters_PVL` the pair of it and the cross entropy of reading them, in nats a piece.
+            `letters_PVL` the pair of it, or of None where no `token_ids_PVT` came, and the cross entropy of reading
+            the letters, in nats a piece.
 
         Raises:
             SpliceError: more pieces to a memory token than the projection has; `token_ids_PVT` or `letters_PVL` where
@@ -161,6 +162,8 @@ class Projection(nn.Module):
                 if letters_PVL is not None:
                     assert pieces_PVD is not None
                     reading_loss = self.reader.loss(pieces_PVD, used_P, letters_PVL)
+                    if token_ids_PVT is None:
+                        return None, reading_loss
                 if token_ids_PVT is None:
                     assert pieces_PVD is not None
                     token_ids_PVT = self.reader.read(pieces_PVD, used_P)

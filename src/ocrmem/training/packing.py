@@ -104,7 +104,7 @@ class PackedRows(Dataset[dict[str, Any]]):
         self, rng: np.random.Generator, stage: Stage, length: int, slots: Literal["pixels", "evenly"] | None
     ) -> dict[str, Any]:
         """What a row says of a memory that no LLM reads: `length` memory tokens, and the rest of the last run of
-        units; with the text tokens under each as `slots`, if asked for."""
+        units; with the text tokens under each, as `slots` and to be made a memory of, if asked for."""
         pieces = stage.pieces or self.whole
         sampler = self.samplers[pieces]
         runs: list[list[int]] = []
@@ -132,7 +132,7 @@ class PackedRows(Dataset[dict[str, Any]]):
             pieces=pieces if self.whole > 1 else None,
             slots=slots,
             reading_bank=self.reading_bank,
-            cutter=self.cutter,
+            cutter=None if slots is None else self.cutter,
         )
         return {**batch, "pieces": pieces}
 
@@ -278,7 +278,8 @@ def memory_part(
             or a page's dealt out evenly.
         reading_bank: the same units with one piece to a memory token, for `memory_token_ids` and `memory_letters`;
             None: leave them out.
-        cutter: the LLM's, by `page_cutter`, which cuts the pages as they are cut where they are read.
+        cutter: the LLM's, by `page_cutter`, which cuts the pages as they are cut where they are read; None: leave
+            `memory_token_ids` out.
 
     Returns:
         `page_num_tokens` [P] and `num_pages` [1]; `units` int64 [P, units of the fullest page], -1 where a page has
@@ -299,10 +300,10 @@ def memory_part(
     elif slots is not None:
         batch["slots"] = torch.from_numpy(token_slots(bank, units_PU, evenly=slots == "evenly"))
     if reading_bank is not None:
-        assert cutter is not None, "pages are cut as the LLM's tokenizer cuts them"
         letters_PVL = piece_letters(reading_bank, units_PU)
         batch["memory_letters"] = torch.from_numpy(letters_PVL)
-        batch["memory_token_ids"] = torch.from_numpy(cut_pages(letters_PVL, cutter))
+        if cutter is not None:
+            batch["memory_token_ids"] = torch.from_numpy(cut_pages(letters_PVL, cutter))
     return batch
 
 
