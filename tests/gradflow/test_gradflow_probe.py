@@ -233,7 +233,7 @@ def test_a_loss_of_the_projections_own_is_no_memory():
     report = subject(Model()).examine()
     alone = subject(Composite()).examine().memory
     assert report.memory.num_tokens == alone.num_tokens
-    assert report.memory.loss_change != 0
+    assert report.memory.loss_change  # it was measured, and is not 0
     assert explain(report).healthy
 
 

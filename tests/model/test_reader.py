@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from memory.parts import shared_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import TrainingArguments
 
@@ -280,6 +280,9 @@ def test_other_pages_are_read_beside_those_of_the_memory():
     counts = torch.tensor([2])
     letters = text["memory_letters"][:1]
     others = {"features": features.flip(0)[:1], "page_num_tokens": counts, "memory_letters": letters}
+    memory_PVD, loss = model.proj(features, batch["page_num_tokens"], letters_PVL=text["memory_letters"])
+    assert torch.equal(memory_PVD, model.proj(features, batch["page_num_tokens"]))  # of what is read
+    assert loss > 1
     outputs = model(**batch, memory_token_ids=text["memory_token_ids"], reading=others)
     alone = model(**batch, memory_token_ids=text["memory_token_ids"])
     torch.testing.assert_close(outputs.loss, alone.loss)
@@ -471,10 +474,18 @@ def test_tokens_see_each_other_before_they_become_memory(deal_tokens):
 
 
 def test_tokens_count_their_distance_in_tokens():
-    proj = dealing(text_layers=1, merged_layers=0)
+    """And not in pieces: within the same piece as before or beyond an empty one, the next token is the next."""
+    proj = dealing(text_layers=1, merged_layers=0, deal_tokens=False)
+    for matrix in proj.merge:
+        torch.nn.init.normal_(matrix.weight)
     close = torch.tensor([[[3, -1], [4, -1], [5, -1], [6, -1]]])
-    spread = torch.tensor([[[3, 4], [-1, -1], [-1, -1], [5, 6]]])  # the same text, begun in other pieces
-    torch.testing.assert_close(proj(None, token_ids_PVT=close), proj(None, token_ids_PVT=spread))
+    spread = torch.tensor([[[3, 4], [-1, -1], [5, -1], [6, -1]]])
+    exactly = {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(proj(None, token_ids_PVT=close)[0, 1], proj(None, token_ids_PVT=spread)[0, 1], **exactly)
+    changed = proj.text.forward
+    proj.text.forward = lambda hidden, used, _: changed(hidden, used)  # places on the page
+    moved = (proj(None, token_ids_PVT=close) - proj(None, token_ids_PVT=spread))[0, 1]
+    assert moved.abs().max() > 1e-5
 
 
 def test_further_layers_begin_with_what_is_there(tmp_path):
@@ -494,6 +505,11 @@ def test_further_layers_begin_with_what_is_there(tmp_path):
     assert {"text.layers.1.mlp2.weight", "merged.layers.2.out.weight"} <= learns
     with pytest.raises(CheckpointError, match="missing merged.layers.1.mlp1.bias; "):
         load_projection(model, tmp_path)
+    weights = load_file(tmp_path / "adapter.safetensors")
+    del weights["merged.layers.0.qkv.weight"]  # a layer that is there is there as a whole
+    save_file(weights, tmp_path / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match="missing merged.layers.0.qkv.weight"):
+        load_projection(model, tmp_path, start=True)
 
 
 def test_an_adapter_that_deals_is_no_start_for_one_that_merges_pieces(tmp_path):

@@ -32,7 +32,8 @@ class Stage:
     follows), `recall` (what came after a quoted half sentence), `cloze` (fill a gap), `reply` (an assistant's turn in
     a conversation). They need not add up to 1."""
     distillation: float = 0.0
-    """Weight of the KL divergence from the same frozen LLM with the full text, on continuation and reply."""
+    """Weight of the KL divergence from the same frozen LLM with the full text, on continuation and reply, as far as
+    these texts fit into the teacher's row, a fourth of `packed_length`."""
     exact: float = 0.0
     """Share of the samples of recall, cloze and reply, from 0 to 1, with exact text behind the memory in place of its
     oldest units, as the evaluation has it: identifiers (an eighth of the memory's tokens) and sentences recalled for

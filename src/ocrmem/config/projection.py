@@ -13,7 +13,8 @@ class ProjectionSettings:
     """The map from the encoder's feature width to the LLM's embedding width."""
 
     kind: Literal["mlp", "attention"] = "mlp"
-    """`mlp`: Linear, GELU, Linear. `attention`: the same, followed by attention over the page's tokens."""
+    """`mlp`: Linear, GELU, Linear. `attention`: the same, and attention over what is on a page, by the numbers of
+    layers below."""
     hidden_size: int | None = None
     """Width between the two linear layers; None: the LLM's embedding width."""
     num_layers: int = 2

@@ -93,7 +93,9 @@ class TrainConfig:
     adapter: str | None = None
     """Adapter folder to start from; None: a fresh projection. It may have fewer pieces than `projection.pieces`, where
     `projection.merge` is true for both and a piece has the same width: the run begins as that adapter, and the pieces
-    that it lacks count nothing until they are learnt. For `projection.read_tokens`, one that reads none will do."""
+    that it lacks count nothing until they are learnt, or with `projection.deal_tokens` as much as its last. It may have
+    fewer `projection.text_layers` and `projection.merged_layers`, and with as many `projection.num_layers`, for
+    `projection.read_tokens`, read none."""
     memory_token: str | None = None
     """Placeholder token; None: a reserved token of the LLM's vocabulary is chosen."""
     gradient_check: Annotated[Literal["error", "warn", "off"], BeforeValidator(_word)] = "error"

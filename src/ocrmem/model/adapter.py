@@ -185,10 +185,10 @@ def load_projection(
     stored in bfloat16 or int8.
 
     Args:
-        start: take a file of fewer merged pieces, or one that reads nothing, too, to start training from it. The
-            matrices of the pieces that it lacks are zeros, so that the projection begins as the one in the file. From
-            one that reads nothing, a projection begins to learn reading with its layers over pieces; those behind get
-            text tokens in place of pieces, and have to learn them.
+        start: take a file of fewer merged pieces, of fewer layers over text or memory tokens, or one that reads
+            nothing, too, to start training from it; see `_begun`. Layers over pieces must be as many. From one that
+            reads nothing, a projection begins to learn reading with these; the layers behind get text tokens in place
+            of pieces, and have to learn them.
         put: puts checked weights into the projection, where several processes share it; None: `load_state_dict`.
 
     Raises:
@@ -238,21 +238,28 @@ def load_projection(
 
 
 def _begun(proj: Projection, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of what a smaller projection's file has none of, such that the projection begins as that one: of further
-    pieces zeros, or where tokens are dealt out, what the file's last one has; of further layers after reading what adds
-    to their input zeros; the rest as it is."""
+    """Weights of what a smaller projection's file has none of: of further layers after reading what adds to their
+    input is zero, and so are the matrices of further pieces, so that the projection begins as that one; but where
+    tokens are dealt out, the matrices of further ones are as the file's last. The rest is as it is."""
     own, begun = proj.state_dict(), {}
     if "merge.0.weight" in found:
         pieces = sum(key.startswith("merge.") for key in found)
         last = found[max((key for key in found if key.startswith("merge.")), key=_merge_number)]
         more = last if proj.deal_tokens else torch.zeros(last.shape)
         begun = {key: more.clone() for key in own if _merge_number(key) >= pieces}
+    there = {_part(key) for key in found}
     for key, value in own.items():
-        part, *inner = key.split(".")
-        if part in ("text", "merged") or (part == "reader" and not any(k.startswith("reader.") for k in found)):
-            adds = len(inner) > 2 and inner[2] in ("out", "mlp2")
+        part = _part(key)
+        if part not in there and part[0] in ("text", "merged", "reader"):
+            adds = part[0] != "reader" and key.split(".")[3] in ("out", "mlp2")
             begun[key] = torch.zeros(value.shape) if adds else value.detach().cpu().clone()
     return begun
+
+
+def _part(key: str) -> tuple[str, ...]:
+    """The layer that a weight belongs to (`text`, `layers`, `0`), or the part that is no stack of layers."""
+    names = key.split(".")
+    return tuple(names[:3]) if names[1:2] == ["layers"] else tuple(names[:1])
 
 
 def _merge_number(key: str) -> int:

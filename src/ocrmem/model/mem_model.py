@@ -227,7 +227,7 @@ class MEMModel(PreTrainedModel):
             memory_PVD, reading_loss = (projected, None) if memory_letters is None else projected
             if reading is not None:
                 counts, letters_PVL = reading["page_num_tokens"], reading["memory_letters"]
-                _, reading_loss = self.proj(reading["features"], counts, letters_PVL=letters_PVL)
+                _, reading_loss = self.proj(reading["features"], counts, letters_PVL=letters_PVL, reading_alone=True)
             if memory_targets is not None:
                 return MEMOutput(loss=target_loss(memory_PVD, memory_targets), reading_loss=reading_loss)
         embeds_BSD = self.embed(

@@ -126,6 +126,7 @@ class Projection(nn.Module):
         *,
         token_ids_PVT: torch.Tensor | None = None,
         letters_PVL: torch.Tensor | None = None,
+        reading_alone: bool = False,
     ) -> Any:
         """Project.
 
@@ -137,11 +138,12 @@ class Projection(nn.Module):
             token_ids_PVT: [P, V × pieces, T], the text tokens that begin within each piece, in order, then -1; for
                 `settings.read_tokens` alone. The memory is made of them, as if the pages were read rightly.
             letters_PVL: [P, V × pieces, `reader.LETTERS`], what there is to read of each piece, likewise.
+            reading_alone: make no memory, but read `letters_PVL` for the loss alone.
 
         Returns:
             memory_PVD in float32 (or the autocast type), every token of RMS `embedding_rms` times its gain; with
-            `letters_PVL` the pair of it, or of None where no `token_ids_PVT` came, and the cross entropy of reading
-            the letters, in nats a piece.
+            `letters_PVL` the pair of it, or of None with `reading_alone`, and the cross entropy of reading the
+            letters, in nats a piece.
 
         Raises:
             SpliceError: more pieces to a memory token than the projection has; `token_ids_PVT` or `letters_PVL` where
@@ -162,7 +164,7 @@ class Projection(nn.Module):
                 if letters_PVL is not None:
                     assert pieces_PVD is not None
                     reading_loss = self.reader.loss(pieces_PVD, used_P, letters_PVL)
-                    if token_ids_PVT is None:
+                    if reading_alone:
                         return None, reading_loss
                 if token_ids_PVT is None:
                     assert pieces_PVD is not None

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 def build_model(config: TrainConfig, *, rival: Features | None = None) -> tuple[MEMModel, MEMProcessor]:
     """Load the frozen parts, make the projection (fresh, or that of `config.adapter`, which may have fewer merged
-    pieces or read no tokens), and the processor.
+    pieces, fewer layers after reading, or read no tokens), and the processor.
 
     Seed torch before the call where a fresh projection must be reproducible.
 

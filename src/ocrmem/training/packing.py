@@ -337,7 +337,7 @@ def _row(
         label_ids[begin:end][labelled_T] = ids_T[labelled_T]
         positions[begin:end] = positions_after(torch.from_numpy(ids_T == memory_token_id), position_stride).numpy()
         edges.append(end)
-    rest = max(LEAST_REST, *np.diff(edges).tolist())
+    rest = max([LEAST_REST, *np.diff(edges).tolist()])
     while edges[-1] < length:
         begin, end = edges[-1], min(length, edges[-1] + rest)
         positions[begin:end] = np.arange(end - begin)
