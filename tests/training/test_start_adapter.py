@@ -1,5 +1,6 @@
 """Runs that begin with the projection of another adapter."""
 
+import dataclasses
 import json
 
 import pytest
@@ -76,6 +77,14 @@ def test_an_adapter_of_fewer_pieces_is_no_adapter_of_more(folder, tmp_path):
 def test_other_pieces_are_refused_at_the_start(folder):
     with pytest.raises(CheckpointError, match=r"linear1.weight is float32 \[32, \d+\], expected float32 \[32, \d+\]"):
         build_model(config(folder, "narrow", steps_per_token=10, pieces=4, adapter=str(folder / "two")))
+
+
+def test_another_number_of_layers_over_pieces_is_refused_at_the_start(folder):
+    none = config(folder, "none", steps_per_token=10, pieces=2, adapter=str(folder / "two"))
+    none = dataclasses.replace(none, projection=dataclasses.replace(none.projection, num_layers=0))
+    said = "has 1 attention layers over pieces, and this projection 0. Set projection.num_layers=1, or start from"
+    with pytest.raises(CheckpointError, match=said):
+        build_model(none)
 
 
 def test_rows_stay_on_the_host_until_a_step_asks_for_them(folder):

@@ -186,9 +186,10 @@ def load_projection(
 
     Args:
         start: take a file of fewer merged pieces, of fewer layers over text or memory tokens, or one that reads
-            nothing, too, to start training from it; see `_begun`. Layers over pieces must be as many. From one that
-            reads nothing, a projection begins to learn reading with these; the layers behind get text tokens in place
-            of pieces, and have to learn them.
+            nothing, too, to start training from it. The layers and the matrices of pieces that it lacks add nothing at
+            first, but where tokens are dealt out these matrices are as its last. Layers over pieces must be as many.
+            From one that reads nothing, a projection begins to learn reading with these; the layers behind get text
+            tokens in place of pieces, and have to learn them.
         put: puts checked weights into the projection, where several processes share it; None: `load_state_dict`.
 
     Raises:
@@ -212,7 +213,13 @@ def load_projection(
         for key, value in model.proj.state_dict().items()
     }
     if start:
-        if read_config(folder).projection_settings.deal_tokens and not model.config.projection_settings.deal_tokens:
+        theirs, ours = read_config(folder).projection_settings, model.config.projection_settings
+        if theirs.num_layers != ours.num_layers:
+            raise CheckpointError(
+                f"adapter {str(folder)!r} has {theirs.num_layers} attention layers over pieces, and this projection "
+                f"{ours.num_layers}. Set projection.num_layers={theirs.num_layers}, or start from another adapter."
+            )
+        if theirs.deal_tokens and not ours.deal_tokens:
             raise CheckpointError(
                 f"adapter {str(folder)!r} deals out the tokens that it reads (projection.deal_tokens), and this "
                 "projection merges pieces, whose matrices are others. Set projection.deal_tokens=true, or start from "

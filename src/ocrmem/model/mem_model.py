@@ -192,8 +192,7 @@ class MEMModel(PreTrainedModel):
             memory_token_ids: [P, V × pieces, T], the text tokens that begin within each piece, then -1; with
                 `projection.read_tokens`, the memory is made of them, and needs no `features`.
             memory_letters: [P, V × pieces, `reader.LETTERS`], what there is to read of each piece, for `reading_loss`.
-            reading: `features`, `page_num_tokens` and `memory_letters` of other pages, read in the
-                place of these.
+            reading: `features`, `page_num_tokens` and `memory_letters` of other pages, read in the place of these.
             position_ids: int64 [B, S]; in a packed row they start anew with every sample. None: `positions` gives them;
                 with `past_key_values` that hold something, give them where a memory token takes several.
             cu_seq_lens_q: int32 [samples + 1], where the samples of one packed row (B = 1) begin, and S at the end;
