@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 SPARE = 1.25
 """Room for more samples in a row than the row that was captured had."""
-GRANULE = 64
+GRANULE = 16
 """Samples to which that room is rounded up."""
 WARM_UPS = 3
 """Runs before a capture, as `torch.cuda.make_graphed_callables` has them."""
