@@ -5,14 +5,12 @@ import json
 
 import pytest
 import torch
-from accelerate import skip_first_batches
 from tiny_rivals import run_config, save_llm
 
 from ocrmem.errors import CheckpointError
 from ocrmem.model.adapter import load_projection, read_config
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.training.build import build_model
-from ocrmem.training.build_objectives import build_objective_trainer
 from ocrmem.training.run import train
 
 TEXT = "The geoid is the shape that the ocean surface would take under the influence of the gravity of Earth."
@@ -85,15 +83,3 @@ def test_another_number_of_layers_over_pieces_is_refused_at_the_start(folder):
     said = "has 1 attention layers over pieces, and this projection 0. Set projection.num_layers=1, or start from"
     with pytest.raises(CheckpointError, match=said):
         build_model(none)
-
-
-def test_rows_stay_on_the_host_until_a_step_asks_for_them(folder):
-    """Accelerate's loader would copy each tensor to a GPU and wait for it."""
-    trainer, _ = build_objective_trainer(config(folder, "host", steps_per_token=20, pieces=4))
-    loader = trainer.get_train_dataloader()
-    assert loader.device is None
-    assert skip_first_batches(loader, 1).device is None  # after a resume
-    row = next(iter(loader))
-    inputs = trainer._prepare_inputs(dict(row))
-    assert inputs["features"].shape[0] == len(row["page_num_tokens"])
-    assert torch.equal(inputs["input_ids"], row["input_ids"])

@@ -179,20 +179,6 @@ class ObjectiveTrainer(MEMTrainer):
             self.optimizer = MuonAdamW(self.model.proj, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
         return super().create_optimizer(*args, **kwargs) if not self._muon else self.optimizer  # pyright: ignore
 
-    def get_train_dataloader(self) -> Any:
-        """Trainer's, which leaves the rows on the host, for `_prepare_input`."""
-        loader: Any = super().get_train_dataloader()
-        loader.device = None
-        return loader
-
-    def _prepare_input(self, data: Any) -> Any:
-        """Copy a row's tensors to a GPU without waiting for it, so that the host launches a step while the one before
-        still runs. The copies read pinned memory; it is pinned here and not by a thread of the loader, which CUDA
-        refuses while a graph is captured."""
-        if isinstance(data, torch.Tensor) and data.device.type == "cpu" and self.args.device.type == "cuda":
-            return data.pin_memory().to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
-
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a row to the device, and give it its features."""
         inputs = super()._prepare_inputs(inputs)
