@@ -27,7 +27,13 @@ FAMILIES = {"llama": {"head_dim": 6}, "qwen3": {"head_dim": 8}, "gemma3_text": {
 
 
 def make_model(
-    family: str = "llama", *, scale: float = 1.0, seed: int = 0, kind: str = "attention", positions: int = 8192
+    family: str = "llama",
+    *,
+    scale: float = 1.0,
+    seed: int = 0,
+    kind: str = "attention",
+    positions: int = 8192,
+    read_tokens: int = 0,
 ) -> MEMModel:
     """A random model of that family; `scale` is the encoder's one weight."""
     tokenizer = shared_tokenizer()
@@ -51,12 +57,12 @@ def make_model(
         encoder=EncoderSettings(name="pooling"),
         page=PP_OCR_PAGE,
         memory=MemorySettings(**SMALL),
-        projection=ProjectionSettings(kind=kind, num_layers=1, num_heads=2),
+        projection=ProjectionSettings(kind=kind, num_layers=1, num_heads=2, read_tokens=read_tokens),
         memory_token=token,
         memory_token_id=index,
     )
     llm = AutoModelForCausalLM.from_config(config)
-    return MEMModel(settings, base_llm_model=llm, ocr_embed=PoolingEncoder(scale=scale)).eval()
+    return MEMModel(settings, base_llm_model=llm, ocr_embed=PoolingEncoder(scale=scale), tokenizer=tokenizer).eval()
 
 
 @functools.cache

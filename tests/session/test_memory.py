@@ -342,3 +342,24 @@ def test_what_is_no_message_is_refused():
     with pytest.raises(DataError, match="the message, message 0: unknown role 'robot'|unknown role 'robot'"):
         memory.append({"role": "robot", "content": "hi"})
     assert memory.messages == []
+
+
+@pytest.mark.parametrize("read_tokens", [0, 2])
+def test_letters_that_are_not_read_are_named_once(caplog, read_tokens):
+    """Nobody would see it otherwise: such a memory is a row of question marks."""
+    model = make_model(read_tokens=read_tokens)
+    text = [Message(("user", "assistant")[n % 2], f"Повторение номер {n} о небе и о траве.") for n in range(60)]
+    memory = make_memory(model)
+    with caplog.at_level("WARNING", logger="ocrmem.data.processor"):
+        memory.extend(talk(60))  # latin
+        memory.prompt("What now?")
+        assert not caplog.records
+        for _ in range(2):
+            memory.extend(text)
+            memory.prompt("What now?")
+        MEMProcessor.from_model(model, tokenizer=shared_tokenizer()).prompt([*text, Message("user", "What now?")])
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (2 if read_tokens else 0)
+    assert all(
+        "are none that this projection reads (U+041F, U+043E, U+0432…); in the memory each is '?'" in x for x in said
+    )

@@ -7,6 +7,8 @@ import torch
 
 from ocrmem.training.optimizer import BatchedMuon
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has the first Muon of torch's own")
+
 SHAPES = [(24, 24), (24, 48), (48, 24), (24, 24), (30, 24), (24, 24)]
 
 
@@ -32,7 +34,7 @@ def test_the_same_as_torchs(weight_decay):
     steps(torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options), theirs, 4)
     for start, found, expected in zip(before, ours, theirs, strict=True):
         moved, off = (expected - start).norm(), (found - expected).norm()
-        assert off <= 0.02 * moved  # both round to bfloat16, in another order
+        assert off <= 1e-3 * moved  # both round to bfloat16
     assert torch.equal(ours[5], before[5])
     assert all(not torch.equal(found, start) for found, start in zip(ours[:5], before[:5], strict=True))
 
@@ -52,3 +54,4 @@ def test_the_state_is_torchs():
             batched.state_dict()["state"][number]["momentum_buffer"],
             single.state_dict()["state"][number]["momentum_buffer"],
         )
+        torch.testing.assert_close(ours[number], theirs[number], rtol=1e-3, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -19,6 +20,7 @@ from ocrmem.memory.history import history_text
 from ocrmem.memory.pages import HistoryPages
 from ocrmem.memory.placeholder import choose_memory_token
 from ocrmem.memory.split import Split, TokenCounts, split_prompt
+from ocrmem.model.reader import UNKNOWN, unread
 from ocrmem.render.renderer import Renderer, render_identity
 from ocrmem.types import Conversation, Message, Page
 
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 
     from ocrmem.model.mem_model import MEMModel
 
+log = logging.getLogger(__name__)
+
+UNREAD_SHARE = 0.05
+"""Share of a history's characters that a projection may not read without a warning: a conversation has some emoji."""
 Chat = Conversation | Sequence[Message] | Sequence[Mapping[str, Any]]
 """One conversation in any of the forms that callers have."""
 
@@ -94,6 +100,8 @@ class MEMProcessor:
         self._history_pages = HistoryPages(self._renderer)
         self.encoder_identity = encoder.identity()
         self.render_identity = render_identity(encoder.page)
+        self._reads_letters = False
+        """Whether the model's projection reads letters, and nobody has been told yet that some are beyond it."""
 
     @classmethod
     def from_model(
@@ -114,13 +122,15 @@ class MEMProcessor:
             tokenizer = load_tokenizer((model.config.llm or {}).get("name", model.base_llm_model.name_or_path))
         if model.config.memory_token is None or model.config.memory_token_id is None:
             raise ConfigError("the model's config has no memory_token; build it with MEMConfig.from_settings.")
-        return cls(
+        processor = cls(
             tokenizer,
             encoder=model.ocr_embed,
             memory=model.config.memory_settings,
             memory_token=(model.config.memory_token, model.config.memory_token_id),
             store=store,
         )
+        processor._reads_letters = model.proj.reader is not None
+        return processor
 
     def pages(self, text: str) -> list[Page]:
         """The pages of a text, drawn as a history is."""
@@ -171,9 +181,27 @@ class MEMProcessor:
         if not split.history:
             return split, "", []
         text = history_text(split.history)
+        self.warn_of_unread(text)
         pages = self._history_pages.pages(text)
         split = split.with_memory(sum(map(self.encoder.num_tokens, pages)))
         return split, text, pages if split.placeholder_tokens else []
+
+    def warn_of_unread(self, text: str) -> None:
+        """Say once if much of a history is in letters that the model's projection does not read."""
+        if not self._reads_letters:
+            return
+        others = unread(text)
+        if len(others) > UNREAD_SHARE * len(text):
+            self._reads_letters = False
+            log.warning(
+                "%d of %d characters of the history are none that this projection reads (%s…); in the memory each is "
+                "%r. Its letters are those of Western and Central Europe (projection.read_tokens); for other text use "
+                "an adapter that reads none, trained on such text.",
+                len(others),
+                len(text),
+                ", ".join(f"U+{ord(character):04X}" for character in list(dict.fromkeys(others))[:3]),
+                UNKNOWN,
+            )
 
     def prompt_text(self, split: Split, *, reply: Message | None = None) -> str:
         """What the chat template writes for a split prompt, ready for a reply, or with the reply in place."""

@@ -82,7 +82,7 @@ def learning_section(runs: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
         "",
         "Held-out token accuracy, teacher-forced; dotted lines are ends of stages of the curriculum. The last",
         "evaluation of each run, whose file in `results/training` says what it had of the config, which may have got",
-        "further stages since:",
+        "further stages since, and which runs came `then`; `…-last` is the last of them, counted from its own start:",
         "",
         *last_values(runs),
         "",

@@ -49,6 +49,11 @@ def letter_codes(text: str) -> np.ndarray:
     return _CODES[np.where(points < len(_CODES), points, 0xFFFF)]
 
 
+def unread(text: str) -> str:
+    """The characters of a text that are not in the alphabet, in order."""
+    return "".join(character for character, code in zip(text, letter_codes(text), strict=True) if code == OTHER)
+
+
 def page_cutter(tokenizer: PreTrainedTokenizerBase | None) -> Tokenizer:
     """A tokenizer's own copy for `cut_pages`, which neither pads nor shortens, and which no other thread changes.
 

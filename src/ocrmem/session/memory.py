@@ -351,7 +351,9 @@ class Memory:
             turns = self._messages[self._in_memory : recent]
             before = self._pages.left_out
             try:
-                self._pages.append(history_text(turns))
+                text = history_text(turns)
+                self.processor.warn_of_unread(text)
+                self._pages.append(text)
                 for turn in turns:
                     self._ledger.add(turn.content)
                 self._leave_out(before)

@@ -10,21 +10,29 @@ from torch import nn
 
 BETAS = (0.9, 0.98)
 """AdamW's, for gains, biases and positions."""
+MOMENTUM = 0.95
+COEFFICIENTS, ITERATIONS = (3.4445, -4.775, 2.0315), 5
+"""Of the quintic of Newton-Schulz, and how often it is applied (Jordan et al. 2024)."""
 
 
-class BatchedMuon(torch.optim.Muon):
-    """`torch.optim.Muon` with matrices of one shape together: the same updates to rounding, the same state.
+class BatchedMuon(torch.optim.Optimizer):
+    """Muon as `torch.optim.Muon` (torch 2.9) has it, with matrices of one shape together: the same updates and state.
 
-    That one takes matrices one by one, some 23 kernels each, which for the 28 of a projection keep the host busy for
-    longer than the GPU. Updates are scaled to the size of AdamW's (`match_rms_adamw`).
+    That one takes matrices one by one, some 23 kernels each, and a projection has two dozen.
+
+    Args:
+        params: matrices.
+        lr: learning rate; updates are scaled to the size of AdamW's (`match_rms_adamw`, Liu et al. 2025).
+        weight_decay: as AdamW's.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float = 0.0) -> None:
-        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step; a `closure` is not called."""
+        """One step; without a `closure`."""
+        assert closure is None, "a closure is not supported"
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not params:
@@ -34,34 +42,26 @@ class BatchedMuon(torch.optim.Muon):
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
             grads = [parameter.grad for parameter in params]
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in params]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
-            updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(buffers, grads, 1 - MOMENTUM)  # pyright: ignore[reportPrivateImportUsage]
+            updates = torch._foreach_lerp(grads, buffers, MOMENTUM)  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
             for numbers in _by_shape(params):
                 wide_NRC = torch.stack([_wide(updates[number]) for number in numbers])
-                directions_NRC = orthogonalized(
-                    wide_NRC, group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"]
-                )
-                scale = 0.2 * max(wide_NRC.shape[1:]) ** 0.5  # for a root mean square of 0.2, Liu et al. 2025
-                for number, direction_RC in zip(numbers, directions_NRC.unbind(), strict=True):
+                scale = 0.2 * max(wide_NRC.shape[1:]) ** 0.5  # for a root mean square of 0.2
+                for number, direction_RC in zip(numbers, orthogonalized(wide_NRC).unbind(), strict=True):
                     _wide(params[number]).add_(direction_RC, alpha=-group["lr"] * scale)
 
 
-def orthogonalized(
-    matrices_NRC: torch.Tensor, coefficients: tuple[float, float, float], *, steps: int, eps: float
-) -> torch.Tensor:
-    """The nearest orthogonal matrix of each, roughly: Newton-Schulz in bfloat16, as `torch.optim.Muon` has it.
+def orthogonalized(matrices_NRC: torch.Tensor) -> torch.Tensor:
+    """The nearest orthogonal matrix of each, roughly: Newton-Schulz in bfloat16 (Jordan et al. 2024).
 
     Args:
         matrices_NRC: N matrices with R ≤ C.
-        coefficients: of the quintic (Jordan et al. 2024).
-        steps: how often it is applied.
-        eps: least norm that is divided by.
     """
-    a, b, c = coefficients
+    a, b, c = COEFFICIENTS
     found = matrices_NRC.bfloat16()
-    found = found / torch.linalg.vector_norm(found, dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
+    found = found / torch.linalg.vector_norm(found, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
         gram = found @ found.mT
         found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
     return found
