@@ -35,6 +35,16 @@ def test_a_run_becomes_a_panel_with_its_stages(tmp_path):
     assert short_section({}) == ()
 
 
+def test_a_run_of_one_evaluation_has_a_row_and_no_panel():
+    run = {"log_history": ENTRIES}
+    short = {"log_history": ENTRIES[:2]}
+    (panel,) = learning_figure({"short": short, "long": run}).axes
+    assert panel.get_title() == "long"
+    assert any(line.startswith("| short | 100 |") for line in learning_section({"short": short, "long": run}))
+    (panel,) = learning_figure({"short": short}).axes
+    assert panel.get_title() == "short"
+
+
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "bad.json").write_text('{"log_history": [{"loss": 1}]}')
     with pytest.raises(DataError, match="bad.json: no learning curve .KeyError: 'step'.; expected what `ocrmem"):

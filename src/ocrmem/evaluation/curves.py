@@ -50,9 +50,14 @@ def read_curves(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def learning_figure(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """One panel for each run: held-out token accuracy by step, a dotted line where a stage of the curriculum ends."""
+    """One panel for each run of several evaluations: held-out token accuracy by step, a dotted line where a stage
+    ends."""
     from matplotlib.figure import Figure
 
+    def evaluations(run: Mapping[str, Any]) -> int:
+        return sum(not METRICS.keys().isdisjoint(entry) for entry in run["log_history"])
+
+    runs = {name: run for name, run in runs.items() if evaluations(run) > 1} or runs
     figure = Figure(figsize=(1 + 4.5 * len(runs), 3.8), layout="constrained")
     panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
     for panel, (name, run) in zip(panels, runs.items(), strict=True):
