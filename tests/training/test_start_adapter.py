@@ -11,6 +11,7 @@ from ocrmem.errors import CheckpointError
 from ocrmem.model.adapter import load_projection, read_config
 from ocrmem.model.mem_model import MEMModel
 from ocrmem.training.build import build_model
+from ocrmem.training.build_objectives import build_objective_trainer
 from ocrmem.training.run import train
 
 TEXT = "The geoid is the shape that the ocean surface would take under the influence of the gravity of Earth."
@@ -83,3 +84,21 @@ def test_another_number_of_layers_over_pieces_is_refused_at_the_start(folder):
     said = "has 1 attention layers over pieces, and this projection 0. Set projection.num_layers=1, or start from"
     with pytest.raises(CheckpointError, match=said):
         build_model(none)
+
+
+@pytest.mark.parametrize("read_tokens", [0, 2])
+def test_corpora_in_letters_that_are_not_read_are_named(folder, tmp_path, caplog, read_tokens):
+    corpus = tmp_path / "corpus.jsonl"
+    text = "Вчера мы ездили в деревню и купались в реке, а потом долго пили чай на веранде."
+    corpus.write_text(json.dumps({"id": "1", "text": text}) + "\n", encoding="utf-8")
+    given = config(folder, f"letters-{read_tokens}", steps_per_token=20, pieces=4)
+    given = dataclasses.replace(
+        given,
+        projection=dataclasses.replace(given.projection, read_tokens=read_tokens),
+        objectives=dataclasses.replace(given.objectives, corpora=[str(corpus)]),
+    )
+    with caplog.at_level("WARNING", logger="ocrmem.data.processor"):
+        build_objective_trainer(given)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (1 if read_tokens else 0)
+    assert all("characters are none that this projection reads (U+0412, U+0447, U+0435…)" in line for line in said)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNREAD_SHARE = 0.05
-"""Share of a history's characters that a projection may not read without a warning: a conversation has some emoji."""
+"""Share of a text's characters that a projection may not read without a warning: a conversation has some emoji."""
+
 Chat = Conversation | Sequence[Message] | Sequence[Mapping[str, Any]]
 """One conversation in any of the forms that callers have."""
 
@@ -73,6 +74,7 @@ class MEMProcessor:
         memory: when history becomes memory.
         memory_token: the placeholder's text and id, from `choose_memory_token`; None: it is chosen.
         store: cache of features, for calls with `encode=True`; None: every page is encoded each time.
+        reads_letters: the model's projection does (`projection.read_tokens`), so that other letters are warned of.
 
     Raises:
         ConfigError: the tokenizer has no chat template, no token to pad with, or no token for the
@@ -87,6 +89,7 @@ class MEMProcessor:
         memory: MemorySettings,
         memory_token: tuple[str, int] | None = None,
         store: FeatureStore | None = None,
+        reads_letters: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoder = encoder
@@ -100,8 +103,7 @@ class MEMProcessor:
         self._history_pages = HistoryPages(self._renderer)
         self.encoder_identity = encoder.identity()
         self.render_identity = render_identity(encoder.page)
-        self._reads_letters = False
-        """Whether the model's projection reads letters, and nobody has been told yet that some are beyond it."""
+        self._warns = reads_letters
 
     @classmethod
     def from_model(
@@ -122,15 +124,14 @@ class MEMProcessor:
             tokenizer = load_tokenizer((model.config.llm or {}).get("name", model.base_llm_model.name_or_path))
         if model.config.memory_token is None or model.config.memory_token_id is None:
             raise ConfigError("the model's config has no memory_token; build it with MEMConfig.from_settings.")
-        processor = cls(
+        return cls(
             tokenizer,
             encoder=model.ocr_embed,
             memory=model.config.memory_settings,
             memory_token=(model.config.memory_token, model.config.memory_token_id),
             store=store,
+            reads_letters=model.proj.reader is not None,
         )
-        processor._reads_letters = model.proj.reader is not None
-        return processor
 
     def pages(self, text: str) -> list[Page]:
         """The pages of a text, drawn as a history is."""
@@ -187,16 +188,16 @@ class MEMProcessor:
         return split, text, pages if split.placeholder_tokens else []
 
     def warn_of_unread(self, text: str) -> None:
-        """Say once if much of a history is in letters that the model's projection does not read."""
-        if not self._reads_letters:
+        """Say, but once, if much of what goes on pages is in letters that the model's projection does not read."""
+        if not self._warns:
             return
         others = unread(text)
         if len(others) > UNREAD_SHARE * len(text):
-            self._reads_letters = False
+            self._warns = False
             log.warning(
-                "%d of %d characters of the history are none that this projection reads (%s…); in the memory each is "
-                "%r. Its letters are those of Western and Central Europe (projection.read_tokens); for other text use "
-                "an adapter that reads none, trained on such text.",
+                "%d of %d characters are none that this projection reads (%s…); in the memory each is %r. It reads the "
+                "Latin letters of Western and Central Europe (projection.read_tokens); for other text, train an "
+                "adapter with projection.read_tokens=0.",
                 len(others),
                 len(text),
                 ", ".join(f"U+{ord(character):04X}" for character in list(dict.fromkeys(others))[:3]),

@@ -51,7 +51,7 @@ def letter_codes(text: str) -> np.ndarray:
 
 def unread(text: str) -> str:
     """The characters of a text that are not in the alphabet, in order."""
-    return "".join(character for character, code in zip(text, letter_codes(text), strict=True) if code == OTHER)
+    return "".join(text[place] for place in np.flatnonzero(letter_codes(text) == OTHER))
 
 
 def page_cutter(tokenizer: PreTrainedTokenizerBase | None) -> Tokenizer:

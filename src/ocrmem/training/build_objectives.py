@@ -75,6 +75,7 @@ def build_objective_trainer(
             )
 
     train_bank = bank(settings.corpora, settings.max_chars)
+    processor.warn_of_unread("".join(document.text for document in train_bank.documents))
     rows = PackedRows(
         samplers(train_bank, config, frame, processor),
         settings,
